@@ -1,0 +1,6 @@
+"""Standard LoRA checkpoints from ResLoRA, MoRA, LoRA, AdaLoRA, LoHa and LoKr adapters."""
+
+from peft_reslora.export.checkpoint import LoraExport
+from peft_reslora.export.convert import export_lora, export_lora_from_files, save_as_lora
+
+__all__ = ["LoraExport", "export_lora", "export_lora_from_files", "save_as_lora"]

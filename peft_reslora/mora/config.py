@@ -1,0 +1,145 @@
+"""`MoRAConfig`: what the user chooses about MoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig, PeftType
+
+from .operators import MoRAType
+
+Bias = Literal["none", "all", "mora_only"]
+
+AUTO_SHARING_FROM_RANK = 32
+"""The rank from which `mora_type="auto"` takes sharing; below it, rotation.
+
+The authors advise rotation at rank 8 and sharing at 128 and 256, and leave open what lies between; this is the
+geometric middle. It agrees with `benchmarks/uuid_pairs.py`: at rank 8 rotation memorises 97.9 % and sharing 73.2 %, at
+rank 32 both are level; there sharing's step is the cheaper one, since rotation multiplies each group with M and
+sharing their sum (1.2 against 1.0 of LoRA's step at rank 64 and hidden size 1024).
+"""
+
+
+@dataclass
+class MoRAConfig(PeftConfig):
+    """One square matrix M per target layer, instead of LoRA's two factors.
+
+    MoRA, arXiv 2405.12130. The layer computes base(x) + decompress(M compress(x)); there is no alpha. Each field is
+    described in its `help`.
+
+    Raises:
+        ValueError: listing every fault at once - an `r` (also in `rank_pattern`) that is not a positive integer, an
+            unknown `mora_type` or `bias`, a `mora_dropout` outside [0, 1), an `init_weights` that is no bool, or layer
+            selections that exclude each other.
+    """
+
+    r: int = field(
+        default=8,
+        metadata={
+            "help": "The LoRA rank whose parameter count is matched: M has about r * (in_features + out_features) "
+            "entries, so its side is the rounded root of that."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the layers to adapt: a list of name endings, a regular expression for the whole name, "
+            "or 'all-linear'. None takes PEFT's choice for LoRA on this architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of layers to leave out, as a list of name endings or a regular expression."},
+    )
+    mora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in [0, 1)."})
+    mora_type: Literal["auto", "sharing", "decoupling", "rotation"] = field(
+        default="auto",
+        metadata={
+            "help": "How the input meets M. 'sharing' sums its groups (Eq. 6), 'decoupling' multiplies each group "
+            "with M, 'rotation' does so after rotating group g by g positions (Eq. 9). 'auto' takes rotation for "
+            "small ranks and sharing for large ones."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True: M is zero at the start, which leaves the base model as it is. False: random, for tests."
+        },
+    )
+    bias: Bias = field(
+        default="none",
+        metadata={"help": "Biases to train and save: 'none', 'all', or 'mora_only' (those of the adapted layers)."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of layers to train and save whole, e.g. a freshly initialised classifier."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the blocks to adapt; only where `target_modules` is a list."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of blocks that `layers_to_transform` counts in, if it is an unusual one."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks other than `r`: layer name, name ending or regular expression to rank."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MORA  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if faults := self._faults():
+            raise ValueError("MoRAConfig cannot be used: " + "; ".join(faults) + ".")
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if not _is_rank(self.r):
+            faults.append(f"r={self.r!r} must be a positive integer")
+        if not isinstance(self.rank_pattern, dict):
+            faults.append(f"rank_pattern={self.rank_pattern!r} must be a dict of layer names to ranks")
+        else:
+            faults += [
+                f"rank_pattern[{name!r}]={rank!r} must be a positive integer"
+                for name, rank in self.rank_pattern.items()
+                if not _is_rank(rank)
+            ]
+        for name, known in (("mora_type", ("auto", *get_args(MoRAType))), ("bias", get_args(Bias))):
+            if (value := getattr(self, name)) not in known:
+                faults.append(f"{name}={value!r} is unknown, choose one of {', '.join(map(repr, known))}")
+        if not isinstance(self.mora_dropout, (int, float)) or not 0 <= self.mora_dropout < 1:
+            faults.append(f"mora_dropout={self.mora_dropout!r} must be a number in [0, 1)")
+        if not isinstance(self.init_weights, bool):
+            faults.append(f"init_weights={self.init_weights!r} must be True (zeros) or False (random, for tests)")
+        if isinstance(self.target_modules, str):
+            faults += [
+                f"{name} cannot be used when target_modules is a regular expression, write the indices into it"
+                for name in ("layers_to_transform", "layers_pattern")
+                if getattr(self, name) is not None
+            ]
+        elif self.layers_pattern and self.layers_to_transform is None:
+            faults.append("layers_pattern says where layers_to_transform counts, so set layers_to_transform too")
+        return faults
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; the model card beside the config then says how to load and export the adapter."""
+        from peft_reslora.export.card import write_native_card  # no tuner needs the export to be imported
+
+        super().save_pretrained(save_directory, **kwargs)
+        write_native_card(save_directory, self)
+
+    def resolve_type(self, r: int) -> MoRAType:
+        """The operator for a layer of rank `r`, with "auto" decided."""
+        if self.mora_type == "auto":
+            return "rotation" if r < AUTO_SHARING_FROM_RANK else "sharing"
+        return self.mora_type
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

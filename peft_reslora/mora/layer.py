@@ -1,0 +1,210 @@
+"""The layer: the square matrices of its adapters beside a frozen base layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_reslora.quantized import keep_bias, kept_copy, put_back, refuse_repacked
+
+from .config import MoRAConfig
+from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
+
+_READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def broken_adapter_message(adapter_name: str) -> str:
+    """PEFT's own words, which its users and tests look for."""
+    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+
+
+class MoRALayer(BaseTunerLayer):
+    """The adapters of one base layer: a square matrix each, and how it meets the input.
+
+    `layer_name` is for messages only: the name of the layer in the model when it was first adapted.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("mora_M",)
+    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout")
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module, layer_name: str = "without a name", **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.layer_name = layer_name
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.mora_M = nn.ParameterDict()
+        self.mora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.mora_type: dict[str, MoRAType] = {}
+        self.square_size: dict[str, int] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+
+    def update_layer(self, adapter_name: str, r: int, config: MoRAConfig) -> None:
+        """Add an adapter whose matrix has about as many entries as LoRA of rank `r`."""
+        mora_type = config.resolve_type(r)
+        q = square_size(self.in_features, self.out_features, r, mora_type)
+        self.r[adapter_name], self.mora_type[adapter_name], self.square_size[adapter_name] = r, mora_type, q
+        self.mora_dropout[adapter_name] = nn.Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
+        self.mora_M[adapter_name] = nn.Parameter(torch.zeros(q, q))
+        if not config.init_weights:
+            nn.init.uniform_(self.mora_M[adapter_name], -(q**-0.5), q**-0.5)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What merging adds to the base weight, in the base weight's own orientation, at least in float32."""
+        delta = delta_weight(
+            self._exact_matrix(adapter_name), self.in_features, self.out_features, self.mora_type[adapter_name]
+        )
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merged_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """LoRA factors A `(q, in_features)` and B `(out_features, q)` with B @ A equal to the update, in `nn.Linear`'s
+        orientation and at least in float32.
+
+        Raises:
+            ValueError: if the adapter is not of type sharing, as no small factors are exact then.
+        """
+        M = self._exact_matrix(adapter_name)
+        if (mora_type := self.mora_type[adapter_name]) != "sharing":
+            raise ValueError(
+                f"Adapter {adapter_name!r} has mora_type={mora_type!r} on layer {self.layer_name}: its update is full "
+                "rank, so that no LoRA of a small rank equals it; only mora_type='sharing' has exact factors. Pass "
+                "`rank=` or `energy=` for the nearest LoRA, or call `merge_and_unload` for an exact model without "
+                "adapters."
+            )
+        return sharing_factors(M, self.in_features, self.out_features)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight as plain numbers, dequantised if need be.
+
+        Raises:
+            TypeError: if PEFT cannot dequantise it.
+            ValueError: if bitsandbytes has repacked it.
+        """
+        refuse_repacked(self.get_base_layer(), self.layer_name)
+        weight = super().get_base_weight()
+        if weight.dtype not in _READABLE_DTYPES:
+            raise TypeError(
+                f"The weight of layer {self.layer_name} has type {weight.dtype}, which PEFT cannot dequantise. Load "
+                "the base model in float32, bfloat16 or float16 to merge."
+            )
+        return weight
+
+    def _exact_matrix(self, adapter_name: str) -> torch.Tensor:
+        if adapter_name not in self.mora_M:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is not on layer {self.layer_name}; "
+                f"it has {', '.join(map(repr, self.mora_M)) or 'none'}."
+            )
+        M = self.mora_M[adapter_name]
+        return M.to(torch.promote_types(M.dtype, torch.float32))
+
+
+class MoRALinear(nn.Module, MoRALayer):
+    """MoRA on a linear layer: `nn.Linear`, transformers' `Conv1D`, or a quantised one that PEFT knows."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: MoRAConfig, **kwargs: Any) -> None:
+        super().__init__()
+        MoRALayer.__init__(self, base_layer, **kwargs)
+        # While merged: the base weight from before, or where it is quantised a copy of the base layer. In a list, so
+        # that it is no part of the state dict.
+        self._unmerged: list[torch.Tensor | nn.Module] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) + sum over the active adapters of decompress(M compress(dropout(x)))."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.mora_M:
+                M = self.mora_M[adapter_name]
+                dropped = self.mora_dropout[adapter_name](self._cast_input_dtype(x, M.dtype))
+                result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
+        return result.to(dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by its sum with the delta weights of the adapters, summed in float32 or better.
+
+        Args:
+            safe_merge: refuse a result that is not finite, leaving the layer as it was.
+            adapter_names: the adapters to merge, all active ones by default; those merged already are left out.
+
+        Raises:
+            ValueError: with `safe_merge`, if an adapter makes the weight infinite or NaN.
+            TypeError, ValueError: if the base weight cannot be read as plain numbers.
+        """
+        names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.mora_M]
+        if not names:
+            return
+        weight = self.get_base_weight()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in names:
+            merged = merged + self.get_delta_weight(name).to(merged.device)
+            if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
+                raise ValueError(broken_adapter_message(name))
+        base_layer = self.get_base_layer()
+        if not self.merged:
+            # `set_base_weight` gives a plain layer another tensor; what it does to a quantised one differs by backend.
+            self._unmerged = [weight if self.quantization_backend is None else kept_copy(base_layer)]
+        self.set_base_weight(merged.to(weight.dtype))
+        keep_bias(self.get_base_layer(), base_layer)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        unmerged = self._unmerged.pop()
+        if isinstance(unmerged, nn.Module):
+            put_back(self.get_base_layer(), unmerged)
+        else:
+            self.set_base_weight(unmerged)
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            warnings.warn(
+                f"Adapter {adapter_name!r} is merged into layer {self.layer_name}, which is unmerged to delete it.",
+                stacklevel=2,
+            )
+            self.unmerge()
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoRALinear:
+        super()._apply(fn, recurse)
+        self._unmerged = [kept._apply(fn) if isinstance(kept, nn.Module) else fn(kept) for kept in self._unmerged]
+        return self
+
+    def __repr__(self) -> str:
+        return "mora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,248 @@
+"""The tuner: puts MoRA layers into a model, checks checkpoints, reports sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import MoRAConfig
+from .layer import MoRALayer, MoRALinear, broken_adapter_message
+from .operators import MoRAType
+
+
+class MoRAModel(BaseTuner):
+    """A model with MoRA layers (arXiv 2405.12130) in place of its target layers.
+
+    Args:
+        model: the model to adapt; its own parameters are frozen.
+        peft_config: the [`MoRAConfig`].
+        adapter_name: the name of the adapter.
+        low_cpu_mem_usage: create the matrices on the meta device, for a checkpoint to fill them.
+
+    Example:
+        ```py
+        >>> import peft_reslora
+        >>> from peft import get_peft_model
+        >>> from peft_reslora import MoRAConfig
+
+        >>> model = get_peft_model(model, MoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        ```
+    """
+
+    prefix: str = "mora_"
+    tuner_layer_cls = MoRALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Refuse what MoRA cannot adapt while the model is still as it was."""
+        faults = []
+        quantization = get_quantization_kwargs(self)
+        modules = dict(model.named_modules())
+        inside: tuple[str, ...] = ()  # what lies inside an adapted layer is no target of its own
+        for name, module in modules.items():
+            if name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+            if name and self._check_target_module_exists(peft_config, name):
+                parent_name, _, target_name = name.rpartition(".")
+                self._check_target_module_compatiblity(peft_config, model, target_name)
+                if fault := _unsupported(module, modules[parent_name], quantization):
+                    faults.append(f"{name} ({type(module).__name__}) {fault}")
+        if faults:
+            raise ValueError(
+                "MoRA adapts nn.Linear, Conv1D of transformers and quantised linear layers, but `target_modules` also "
+                f"selects: {'; '.join(faults)}. Name fewer modules there, or add these to `exclude_modules`."
+            )
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT keeps LoRA off the layers that Mamba's kernels read past their forward, by the name of the method.
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: MoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
+        if isinstance(target, MoRALayer):
+            target.update_layer(adapter_name, r, peft_config)
+            return
+        quantization = get_quantization_kwargs(self)
+        # Layers chosen by a checkpoint's keys, and not by target_modules, come here unchecked.
+        if fault := _unsupported(target, parent, quantization):
+            raise ValueError(f"MoRA cannot adapt {current_key} ({type(target).__name__}), which {fault}.")
+        new_module = MoRALinear(target, adapter_name, r, peft_config, layer_name=current_key, **quantization)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter does not train until it is set
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, MoRALayer):  # unloaded: its base layer is as it has to be, and HQQ's have no `weight`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
+        if safe_merge:
+            self._refuse_broken_matrices(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
+        if safe_merge:
+            self._refuse_broken_matrices(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _refuse_broken_matrices(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, MoRALayer):
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    M = layer.mora_M.get(name)
+                    if M is not None and not M.is_meta and not torch.isfinite(M).all():
+                        raise ValueError(broken_adapter_message(name))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "MoRA does not support `adapter_names` in a forward pass: all samples of a batch use the active "
+                "adapters. Split the batch and call `set_adapter` for each part."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Refuse a checkpoint that does not fit the adapter; PEFT would ignore missing and extra entries.
+
+        Raises:
+            ValueError: if matrices are missing, have another shape, or belong to no layer of the model.
+        """
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = {
+            f"{name.removeprefix('_fsdp_wrapped_module.')}.mora_M.{adapter_name}": (name, layer)
+            for name, layer in model.named_modules()
+            if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
+        }
+        faults = [f"layer {name} has no matrix" for key, (name, _) in layers.items() if key not in state_dict]
+        known = model.state_dict().keys()
+        for key, value in state_dict.items():
+            if key not in layers:
+                if key not in known and key.removeprefix("base_model.model.") not in known:
+                    faults.append(f"entry {key} belongs to no layer of the model")
+                continue
+            name, layer = layers[key]
+            q = layer.square_size[adapter_name]
+            if value.shape != (q, q):
+                faults.append(
+                    f"layer {name} has a matrix of shape {tuple(value.shape)}, expected {(q, q)} for "
+                    f"r={layer.r[adapter_name]}, mora_type={layer.mora_type[adapter_name]!r}, "
+                    f"{layer.in_features} inputs and {layer.out_features} outputs"
+                )
+        if faults:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(faults)}. Load it with the config "
+                "and onto the base model it was trained with."
+            )
+        return state_dict
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What MoRA made of one layer, for reports."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    mora_type: MoRAType
+    square_size: int
+
+    @property
+    def parameters(self) -> int:
+        """Entries of M."""
+        return self.square_size**2
+
+    @property
+    def lora_parameters(self) -> int:
+        """What LoRA of the same rank would train here."""
+        return self.r * (self.in_features + self.out_features)
+
+
+def layer_sizes(model: nn.Module, adapter_name: str = "default") -> list[LayerSize]:
+    """The size of each MoRA layer of `adapter_name`, in the order of the model."""
+    return [
+        LayerSize(
+            name,
+            layer.in_features,
+            layer.out_features,
+            layer.r[adapter_name],
+            layer.mora_type[adapter_name],
+            layer.square_size[adapter_name],
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
+    ]
+
+
+def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """A header and a row for each kind of layer of a saved adapter: its operator and size.
+
+    Args:
+        config: the adapter's config.
+        sides: the first dimension of each tensor in the checkpoint, by its key.
+    """
+    rows: dict[tuple[str, ...], int] = {}
+    for key, q in sides.items():
+        if key.endswith(".mora_M"):
+            name = key.removesuffix(".mora_M").removeprefix("base_model.model.")
+            pattern = config.rank_pattern or {}
+            r = pattern.get(get_pattern_key(list(pattern), name), config.r)
+            role = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            row = (role, config.resolve_type(r), str(r), str(q), str(q * q))
+            rows[row] = rows.get(row, 0) + 1
+    header = ("role", "type", "r", "q", "parameters (LoRA of rank r: about as many)", "layers")
+    return [header, *((*row, str(count)) for row, count in rows.items())]
+
+
+def _unsupported(module: nn.Module, parent: nn.Module, quantization: dict[str, Any]) -> str | None:
+    """Why MoRA cannot adapt `module`, or None."""
+    if isinstance(module, MoRALayer):
+        return None
+    if isinstance(module, BaseTunerLayer):
+        return "already carries an adapter of another method: merge or unload that first"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "is read by nn.MultiheadAttention past its forward, so that an adapter would not train"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "is read by nn.TransformerEncoderLayer past its forward in evaluation, where an adapter would be ignored: "
+            "call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    backend = resolve_quantization_backend(module, **quantization)
+    if isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+        return None
+    return "is no linear layer"

@@ -1,0 +1,1 @@
+"""Complete runs, over transformers' Trainer, that the command line calls."""

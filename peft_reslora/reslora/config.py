@@ -1,0 +1,122 @@
+"""`ResLoRAConfig`: LoRA's fields and the shortcut's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig, PeftType
+
+Shortcut = Literal["input", "block", "middle"]
+MergeEstimator = Literal["input_norm", "weight_norm", "least_squares", "drop"]
+
+# LoRA's fields that change what a block computes, with the values under which they do not.
+_REFUSED_FIELDS: dict[str, tuple[object, ...]] = {
+    "use_dora": (False,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "arrow_config": (None,),
+    "use_bdlora": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "lora_bias": (False,),
+    "target_parameters": (None, []),
+    "megatron_config": (None,),
+}
+_INITS: tuple[object, ...] = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass
+class ResLoRAConfig(LoraConfig):
+    """LoRA with residual shortcuts between the blocks of consecutive layers.
+
+    ResLoRA, arXiv 2402.18039. All fields of `LoraConfig` keep their meaning; the added ones are described by the
+    `help` in their metadata.
+
+    Raises:
+        ValueError: listing every fault at once - an unknown `shortcut` or `merge_estimator`, a `pre_num` that is 0,
+            below -1 or (for `input`) other than 1, a `norm_window` below 1, `r` below 1, or a LoRA field that changes
+            what a block computes.
+    """
+
+    shortcut: Shortcut = field(
+        default="block",
+        metadata={
+            "help": "What earlier layers hand to this one: 'input' their input x (Eq. 2), 'block' their whole update "
+            "B A (Eq. 3), 'middle' their projection A x (Eq. 4)."
+        },
+    )
+    pre_num: int = field(
+        default=1,
+        metadata={"help": "How many earlier layers take part, the paper's m; -1 means all. 'input' accepts 1 only."},
+    )
+    merge_estimator: MergeEstimator = field(
+        default="input_norm",
+        metadata={
+            "help": "How 'input' and 'middle' become one matrix when merged; read at merge time. 'block' is exact and "
+            "needs none. 'input_norm' and 'weight_norm' are the paper's merge_bi and merge_bw, 'least_squares' needs "
+            "calibrate_merge(model, batches), which chooses it, 'drop' leaves the shortcut out."
+        },
+    )
+    norm_window: int = field(
+        default=100,
+        metadata={"help": "Training forwards over which 'input_norm' averages the root mean square of its input."},
+    )
+    chain_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expressions searched in the module names, in which the groups capture the block indices: "
+            "layers whose names agree outside the groups form one chain, in the order of the captured numbers. For "
+            "models whose blocks are not numbered as in 'layers.3.'; layers that match none are grouped as usual."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["RESLORA"]
+        faults = [*self._own_faults(), *self._lora_faults()]
+        if faults:
+            raise ValueError("ResLoRAConfig cannot be used: " + "; ".join(faults) + ".")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; the model card beside the config then says how to load and export the adapter."""
+        from peft_reslora.export.card import write_native_card  # no tuner needs the export to be imported
+
+        super().save_pretrained(save_directory, **kwargs)
+        write_native_card(save_directory, self)
+
+    def _own_faults(self) -> list[str]:
+        faults = []
+        for name, known in (("shortcut", get_args(Shortcut)), ("merge_estimator", get_args(MergeEstimator))):
+            if (value := getattr(self, name)) not in known:
+                faults.append(f"{name}={value!r} is unknown, choose one of {', '.join(map(repr, known))}")
+        if not isinstance(self.pre_num, int) or self.pre_num == 0 or self.pre_num < -1:
+            faults.append(f"pre_num={self.pre_num!r} must be a positive integer, or -1 for all earlier layers")
+        elif self.shortcut == "input" and self.pre_num != 1:
+            faults.append(f"pre_num={self.pre_num} with shortcut='input', which accepts 1 only (Eq. 2)")
+        if not isinstance(self.norm_window, int) or self.norm_window < 1:
+            faults.append(f"norm_window={self.norm_window!r} must be a positive integer")
+        if not isinstance(self.r, int) or self.r < 1:
+            faults.append(f"r={self.r!r} must be a positive integer")
+        return faults
+
+    def _lora_faults(self) -> list[str]:
+        known = {f.name for f in dataclasses.fields(LoraConfig)}
+        faults = [
+            f"{name}={value!r} changes what a LoRA block computes and is not supported with shortcuts, leave it unset"
+            for name, harmless in _REFUSED_FIELDS.items()
+            if name in known and (value := getattr(self, name)) not in harmless
+        ]
+        if self.init_lora_weights not in _INITS:
+            faults.append(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weight or needs its own preparation, "
+                f"choose one of {', '.join(map(repr, _INITS))}"
+            )
+        elif self.init_lora_weights == "orthogonal" and self.shortcut == "middle":
+            faults.append(
+                "init_lora_weights='orthogonal' makes only B_n A_n zero, not the B_n A_{n-1} of shortcut='middle', "
+                "choose True or 'gaussian'"
+            )
+        return faults

@@ -1,0 +1,117 @@
+"""The three shortcuts of ResLoRA (arXiv 2402.18039) as functions of tensors.
+
+Notation: layer n of a chain has input x_n `(..., in_features)`, factors A_n `(r, in_features)` and
+B_n `(out_features, r)`, scaling s_n, and dropout D. Each function returns the hidden state `(..., r)` and is followed
+by `add_update`, which multiplies by B and adds to the base layer's output.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+def input_hidden(x: torch.Tensor, previous: torch.Tensor, dropout: Map, lora_a: Map) -> torch.Tensor:
+    """Input shortcut, Eq. 2: A_n D(x_n + x_{n-1}); one dropout mask, on the sum."""
+    return lora_a(dropout(x + previous))
+
+
+def block_hidden(x: torch.Tensor, factors_a: Sequence[torch.Tensor], dropout: Map) -> torch.Tensor:
+    """Block shortcut, Eq. 3: the A_{n-k} D(x_n) side by side, `(..., sum of ranks)`; one mask for all of them."""
+    return F.linear(dropout(x), torch.cat(list(factors_a)))
+
+
+def middle_hidden(projection: torch.Tensor, previous: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Middle shortcut, Eq. 4: sum_k A_{n-k} D(x_{n-k}); each term with the mask of its own layer."""
+    for earlier in previous:
+        projection = projection + earlier
+    return projection
+
+
+def annealed_hidden(
+    hidden: torch.Tensor, projection: torch.Tensor, x: torch.Tensor, estimate: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """(1 - t) times the shortcut's `hidden` plus t times A_n x_n + E_n x_n, which is what a LoRA with A_n + E_n has.
+
+    Args:
+        hidden: `(..., r)`, of `input_hidden` or `middle_hidden`.
+        projection: A_n x_n, `(..., r)`.
+        x: x_n, `(..., in_features)`.
+        estimate: E_n, `(r, in_features)`, constant.
+        share: t, `()`; at 1 no trace of `hidden` is left.
+    """
+    return torch.lerp(hidden, projection + F.linear(x, estimate.to(x.dtype)), share.to(hidden.dtype))
+
+
+class _SharedSum:
+    """x + previous, computed once for all layers that share both, such as query, key and value.
+
+    Holds the last sum until `forget`, which the layer that ends a forward or a backward pass calls.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, ...] | None = None
+
+    def __call__(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or x.is_inference():  # compilers share by themselves
+            return x + previous
+        last, state = self._last, (x._version, previous._version, torch.is_grad_enabled())
+        if last is not None and last[0]() is x and last[1]() is previous and last[2] == state:
+            return last[3]
+        total = x + previous
+        self._last = (weakref.ref(x), weakref.ref(previous), state, total)
+        return total
+
+    def forget(self) -> None:
+        self._last = None
+
+
+shared_sum = _SharedSum()
+
+
+class ProjectedSum(torch.autograd.Function):
+    """A `total`, where total = x + previous, saving x and previous in its place.
+
+    Layers with a common input have in common what they save, then, and as much as in LoRA: their inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, total: torch.Tensor, x: torch.Tensor, previous: torch.Tensor, factor_a: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, previous, factor_a)
+        ctx.first_in_chain = previous is x
+        return F.linear(total, factor_a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+        x, previous, factor_a = ctx.saved_tensors
+        grad_total = grad_a = None
+        if ctx.needs_input_grad[0]:
+            grad_total = (grad @ factor_a.to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[3]:
+            total = shared_sum(x, previous).to(grad.dtype)
+            grad_a = (grad.flatten(0, -2).t() @ total.flatten(0, -2)).to(factor_a.dtype)
+        if ctx.first_in_chain:
+            shared_sum.forget()
+        return grad_total, None, None, grad_a
+
+
+def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """result + scaling * hidden @ B.T, in one pass over the output where the dtypes allow it.
+
+    Args:
+        result: the base layer's output `(..., out_features)`.
+        hidden: `(..., r)`.
+        factor_b: B, `(out_features, r)`.
+    """
+    if result.dtype != hidden.dtype:
+        return result + F.linear(hidden, factor_b) * scaling
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return torch.addmm(result.reshape(-1, result.shape[-1]), rows, factor_b.t(), alpha=scaling).view(result.shape)

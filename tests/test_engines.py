@@ -1,0 +1,188 @@
+"""Two processes under each engine train as one process does: losses, gradients and norms, or an error with a way out.
+
+`python tests/test_engines.py` prints the table of what is supported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_worker import CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
+from oracle import relative_error
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs" / "accelerate"
+DIRECT = [
+    "ddp",
+    "fsdp2",
+    pytest.param("zero2", marks=pytest.mark.slow),
+    pytest.param("zero3", marks=pytest.mark.slow),
+]
+LAUNCHED = [pytest.param(path.stem, marks=pytest.mark.slow) for path in sorted(CONFIGS.glob("*.yaml"))]
+
+# Cells that cannot be right, by engine, shortcut and checkpointing.
+REFUSED: dict[tuple[str, str, str], str] = {}
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _run(commands: list[tuple[list[str], dict[str, str]]]) -> None:
+    processes = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command, env in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory):
+    """The results of all cases under an engine; each engine starts its processes once."""
+
+    @functools.cache
+    def run(engine: str) -> dict[str, Results | str]:
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        output = tmp_path_factory.mktemp(engine) / "results.pt"
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(HERE / "engine_worker.py"), engine, str(output)]
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        _run([(command, {**_environment(), **where, **rank}) for rank in ranks])
+        return torch.load(output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """The results of all tuners under `accelerate launch` with one of the configs."""
+
+    @functools.cache
+    def run(config: str) -> dict[str, Results | str]:
+        if config.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        output = tmp_path_factory.mktemp(f"launch_{config}") / "results.pt"
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(CONFIGS / f"{config}.yaml"),
+        ]
+        command += [
+            "--main_process_port",
+            str(_free_port()),
+            str(HERE / "engine_worker.py"),
+            "accelerate",
+            str(output),
+        ]
+        _run([(command, _environment())])
+        return torch.load(output)
+
+    return run
+
+
+@functools.cache
+def reference(tuner: tuple[str, int]) -> Results:
+    return plain(build(tuner, "none"))
+
+
+def assert_same_training(actual: Results | str, expected: Results) -> None:
+    assert not isinstance(actual, str), actual
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for found, wanted in zip(actual["gradients"], expected["gradients"], strict=True):
+        assert found.keys() == wanted.keys()
+        scale = max(grad.norm() for grad in wanted.values())
+        for name, grad in wanted.items():
+            if grad.norm() > 1e-6 * scale and found[name].numel():
+                assert relative_error(found[name], grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("engine", DIRECT)
+@pytest.mark.parametrize(("tuner", "checkpointing"), CASES)
+def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
+    result = run_engine(engine)[case_id(tuner, checkpointing)]
+    refusal = REFUSED.get((engine, tuner[0], checkpointing))
+    if refusal is None:
+        assert_same_training(result, reference(tuner))
+    else:
+        assert isinstance(result, str)
+        assert re.search(f"RuntimeError: .*{refusal}", result)
+
+
+@pytest.mark.parametrize("config", LAUNCHED)
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_accelerate_launch_trains_as_one_process(launch, config, tuner):
+    assert_same_training(launch(config)[case_id(tuner, "non-reentrant")], reference(tuner))
+
+
+@pytest.mark.parametrize("engine", DIRECT)
+@pytest.mark.parametrize("tuner", [tuner for tuner in TUNERS if tuner[0] in ("input", "middle")])
+def test_norms_are_recorded_once_per_forward(run_engine, engine, tuner):
+    """Also where checkpointing computes a forward twice; each process sees its own half of the batch."""
+    for checkpointing in CHECKPOINTING:
+        norms = run_engine(engine)[case_id(tuner, checkpointing)]["norms"]
+        whole = reference(tuner)["norms"]
+        assert norms.keys() == whole.keys()
+        for name, window in norms.items():
+            assert (window >= 0).sum() == 2
+            assert torch.allclose(window[-2:], whole[name][-2:], rtol=0.5)
+
+
+def support_table() -> str:
+    """What is right and what is refused, as Markdown, from the cases of the tests."""
+    columns = ["input", "block", "middle", "mora"]
+    rows: dict[str, dict[str, str]] = {}
+    names = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+    modes = {
+        "none": "",
+        "non-reentrant": ", checkpointing",
+        "reentrant": ", checkpointing with use_reentrant=True",
+    }
+    for engine, label in names.items():
+        for mode, suffix in modes.items():
+            cells = {c: "refused" if (engine, c, mode) in REFUSED else "right" for c in columns}
+            rows[label + suffix] = cells
+    from test_compile import SUPPORT as compiled
+    from test_quantized import SUPPORT as quantized
+    from test_trainers import SUPPORT as trained
+
+    other: dict[str, dict[str, Any]] = {**compiled, **quantized, **trained}
+    rows.update(other)
+    lines = ["| | input | block | middle | MoRA |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {name} | {' | '.join(cells[c] for c in columns)} |" for name, cells in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(support_table() + "\n")

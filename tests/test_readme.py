@@ -1,0 +1,50 @@
+"""The README is true: its code runs, its commands exist, and its first block holds two of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_first_block_is_the_main_job_and_the_tests():
+    language, block = BLOCKS[0]
+    main_job, tests = commands(block)
+    assert language == "bash"
+    assert "peft-reslora quickstart" in main_job
+    assert tests.endswith("pytest -n auto")
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for extra in re.findall(r"\.\[(\w+)\]", block):
+        assert extra in setup["options.extras_require"]
+
+
+def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for language, block in BLOCKS[1:]:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), namespace)
+        elif language == "bash":
+            for command in commands(block):
+                program, *arguments = command.split()
+                assert program == "peft-reslora"
+                subprocess.run([sys.executable, "-m", "peft_reslora", *arguments], check=True, capture_output=True)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "lora-from-files" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/step_time.py", "LICENSE"])
+def test_the_files_it_speaks_of_exist(path):
+    assert (ROOT / path).is_file()
