@@ -26,9 +26,6 @@ TUNERS: dict[str, dict[str, Any]] = {
     "decoupling": {"mora_type": "decoupling"},
     "rotation": {"mora_type": "rotation"},
 }
-SUPPORT = {
-    "torch.compile, fullgraph, dynamic batch size": dict.fromkeys(("input", "block", "middle", "mora"), "right")
-}
 
 
 def model_of(tuner: str) -> nn.Module:
@@ -68,6 +65,7 @@ def compare_steps(eager: nn.Module, backend: str) -> None:
 _QUICK = ("input", "block", "middle", "rotation")
 
 
+@pytest.mark.support("torch.compile, fullgraph, changing batch size")
 @pytest.mark.parametrize("tuner", [t if t in _QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TUNERS])
 def test_training_compiles_whole_and_once(tuner):
     compare_steps(model_of(tuner).train(), "aot_eager")
@@ -93,7 +91,8 @@ def test_compiled_blocks_may_stand_beside_eager_ones(tuner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuner", ["input", "block", "middle"])
+@pytest.mark.support("torch.compile with checkpointing (graph breaks in transformers)")
+@pytest.mark.parametrize("tuner", ["input", "block", "middle", "rotation"])
 def test_compiled_models_may_be_checkpointed(tuner):
     """With graph breaks, which transformers' own code makes there."""
     model = model_of(tuner).train()
@@ -107,7 +106,9 @@ def test_compiled_models_may_be_checkpointed(tuner):
     assert_same_gradients(gradients(model), gradients(eager))
 
 
-@pytest.mark.parametrize("tuner", ["input", "block", pytest.param("middle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tuner", ["input", "block", *(pytest.param(t, marks=pytest.mark.slow) for t in ("middle", "rotation"))]
+)
 def test_inference_compiles_whole_and_once(tuner):
     eager = model_of(tuner).eval()
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, dynamic=True, backend="aot_eager")

@@ -1,18 +1,13 @@
-"""Two processes under each engine train as one process does: losses, gradients and norms, or an error with a way out.
-
-`python tests/test_engines.py` prints the table of what is supported.
-"""
+"""Two processes under each engine train as one process does: losses, gradients and norms."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,8 +24,7 @@ DIRECT = [
 ]
 LAUNCHED = [pytest.param(path.stem, marks=pytest.mark.slow) for path in sorted(CONFIGS.glob("*.yaml"))]
 
-# Cells that cannot be right, by engine, shortcut and checkpointing.
-REFUSED: dict[tuple[str, str, str], str] = {}
+LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 
 
 def _environment() -> dict[str, str]:
@@ -128,18 +122,14 @@ def assert_same_training(actual: Results | str, expected: Results) -> None:
                 assert relative_error(found[name], grad) < 1e-5, name
 
 
+@pytest.mark.support(lambda engine, **_: f"{LABELS[engine]}, with and without checkpointing")
 @pytest.mark.parametrize("engine", DIRECT)
 @pytest.mark.parametrize(("tuner", "checkpointing"), CASES)
 def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
-    result = run_engine(engine)[case_id(tuner, checkpointing)]
-    refusal = REFUSED.get((engine, tuner[0], checkpointing))
-    if refusal is None:
-        assert_same_training(result, reference(tuner))
-    else:
-        assert isinstance(result, str)
-        assert re.search(f"RuntimeError: .*{refusal}", result)
+    assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner))
 
 
+@pytest.mark.support("the same through accelerate launch (configs/accelerate)")
 @pytest.mark.parametrize("config", LAUNCHED)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_accelerate_launch_trains_as_one_process(launch, config, tuner):
@@ -157,32 +147,3 @@ def test_norms_are_recorded_once_per_forward(run_engine, engine, tuner):
         for name, window in norms.items():
             assert (window >= 0).sum() == 2
             assert torch.allclose(window[-2:], whole[name][-2:], rtol=0.5)
-
-
-def support_table() -> str:
-    """What is right and what is refused, as Markdown, from the cases of the tests."""
-    columns = ["input", "block", "middle", "mora"]
-    rows: dict[str, dict[str, str]] = {}
-    names = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
-    modes = {
-        "none": "",
-        "non-reentrant": ", checkpointing",
-        "reentrant": ", checkpointing with use_reentrant=True",
-    }
-    for engine, label in names.items():
-        for mode, suffix in modes.items():
-            cells = {c: "refused" if (engine, c, mode) in REFUSED else "right" for c in columns}
-            rows[label + suffix] = cells
-    from test_compile import SUPPORT as compiled
-    from test_quantized import SUPPORT as quantized
-    from test_trainers import SUPPORT as trained
-
-    other: dict[str, dict[str, Any]] = {**compiled, **quantized, **trained}
-    rows.update(other)
-    lines = ["| | input | block | middle | MoRA |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {name} | {' | '.join(cells[c] for c in columns)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(support_table() + "\n")

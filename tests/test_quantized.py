@@ -109,16 +109,13 @@ def torchao(model: nn.Module) -> nn.Module:
 
 
 BACKENDS: dict[str, Callable[[nn.Module], nn.Module]] = {"nf4": nf4, "int8": int8, "hqq": hqq, "torchao": torchao}
-_LABELS = {
+LABELS = {
     "nf4": "bitsandbytes 4-bit",
     "int8": "bitsandbytes 8-bit",
     "hqq": "HQQ",
     "torchao": "torchao int8 weight-only",
 }
-SUPPORT = {label: dict.fromkeys(TUNERS, "right") for label in _LABELS.values()} | {
-    "GPTQ (tested with a stand-in)": dict.fromkeys(TUNERS[:3], "right") | {"mora": "-"},
-    "AWQ, AQLM, EETQ, TransformerEngine, Megatron": dict.fromkeys(TUNERS[:3], "refused") | {"mora": "-"},
-}
+supported = pytest.mark.support(lambda backend, **_: f"{LABELS[backend]}: a step, save, load, merge, export")
 
 
 def dequantised(model: nn.Module) -> nn.Module:
@@ -146,6 +143,7 @@ def pair(backend: str, tuner: str, **fields: Any) -> tuple[nn.Module, nn.Module]
 INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().manual_seed(0))}
 
 
+@supported
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
@@ -159,6 +157,7 @@ def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
         assert relative_error(output_of(quantised, INPUTS), output_of(plain, INPUTS)) < 1e-5
 
 
+@supported
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -186,6 +185,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: dequantised_weight(layer.get_base_layer()).clone() for name, layer in layers}
 
 
+@supported
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -207,6 +207,7 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
     assert relative_error(output_of(quantised, INPUTS), unmerged) < 1e-5
 
 
+@supported
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -275,6 +276,7 @@ class _StandInGPTQ(nn.Module):
         return x @ self.qweight.t() + self.bias
 
 
+@pytest.mark.support("GPTQ (a stand-in for its layer): a step")
 @pytest.mark.parametrize("tuner", TUNERS[:3])
 def test_gptq_layers_keep_their_shortcuts(tuner):
     """With a stand-in for the base layer and PEFT's own GPTQ layer around it."""
@@ -290,6 +292,9 @@ def test_gptq_layers_keep_their_shortcuts(tuner):
     assert_same_gradients(gradients(model), gradients(plain))
 
 
+@pytest.mark.support(
+    "AWQ, AQLM, EETQ, TransformerEngine, Megatron", verdict="refused", columns=["input", "block", "middle"]
+)
 @pytest.mark.parametrize(
     ("module", "name"),
     [

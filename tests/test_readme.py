@@ -45,6 +45,24 @@ def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, mo
     assert (tmp_path / "lora-from-files" / "adapter_model.safetensors").is_file()
 
 
+def test_the_table_of_what_is_supported_is_that_of_the_tests():
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "--collect-only", "-q", "--support-table"]
+    printed = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True).stdout
+    table = "\n".join(line for line in printed.splitlines() if line.startswith("|"))
+    assert table.count("\n") > 20
+    assert "wrong" not in table
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), table
+
+
+def test_the_checks_of_ci_are_in_the_test_extra():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    installed = setup["options.extras_require"]["test"]
+    for program in ("ruff", "mypy"):
+        assert re.search(rf"^{program}\b", (ROOT / ".ci" / "run").read_text(), re.M)
+        assert re.search(rf"^{program}\b", installed, re.M)
+
+
 @pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/step_time.py", "LICENSE"])
 def test_the_files_it_speaks_of_exist(path):
     assert (ROOT / path).is_file()

@@ -16,7 +16,7 @@ from tiny_models import TINY_MODELS, output_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_reslora import ResLoRAConfig
+from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.linking import chains_of
 
 
@@ -142,12 +142,17 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.support("gradient checkpointing, both modes, any order of forwards and backwards")
+@pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_checkpointing_keeps_the_gradient(schedule, use_reentrant, shortcut, pre_num):
+def test_checkpointing_keeps_the_gradient(schedule, use_reentrant, tuner, pre_num):
     """With dropout, so that a recomputation that took a wrong or fresh value would show."""
-    _, plain = adapted("llama", shortcut, pre_num, lora_dropout=0.2)
+    if tuner == "mora":
+        config = MoRAConfig(r=3, target_modules=TINY_MODELS["llama"].targets, mora_dropout=0.2)
+        plain = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config))
+    else:
+        _, plain = adapted("llama", tuner, pre_num, lora_dropout=0.2)
     checkpointed = copy.deepcopy(plain)
     plain.train()
     plain.enable_input_require_grads()
@@ -215,6 +220,7 @@ class _CheckpointedMLP(nn.Module):
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("span", [1, 2, 6])
+@pytest.mark.support("torch.utils.checkpoint over any number of blocks of a custom model")
 def test_checkpointed_regions_may_span_blocks(span, use_reentrant, shortcut, pre_num):
     torch.manual_seed(0)
     x = torch.randn(4, 6, requires_grad=True)

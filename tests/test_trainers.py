@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from oracle import randomize_adapters, relative_error
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from test_forward import VARIANTS, adapted
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from test_forward import VARIANTS
 from test_relay import assert_same_gradients, gradients
 from tiny_models import TINY_MODELS, llama, output_of, unet
 from torch import nn
@@ -21,21 +22,6 @@ from peft_reslora import MoRAConfig, ResLoRAConfig
 
 TUNERS = ["input", "block", "middle", "mora"]
 TARGETS = TINY_MODELS["llama"].targets
-SUPPORT = {
-    "transformers Trainer, resumed": dict.fromkeys(TUNERS, "right"),
-    "TRL SFT, DPO, GRPO": dict.fromkeys(TUNERS, "right"),
-    "TRL DPO from a trained adapter": dict.fromkeys(TUNERS[:3], "right") | {"mora": "wrong reference (xfail)"},
-    "saved-tensor offloading": dict.fromkeys(TUNERS[:3], "right") | {"mora": "-"},
-    "accelerate CPU and disk offload, inference": dict.fromkeys(TUNERS[:3], "right") | {"mora": "-"},
-    "accelerate CPU and disk offload, training": dict.fromkeys(TUNERS[:3], "refused") | {"mora": "-"},
-    "layers that run several times (ALBERT, several groups)": {
-        "input": "refused",
-        "block": "right",
-        "middle": "refused",
-        "mora": "-",
-    },
-    "bf16 and fp16 autocast, bf16 base": dict.fromkeys(TUNERS, "right"),
-}
 
 
 def config_of(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
@@ -83,6 +69,7 @@ def norms_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers() if "lora_norm" in name}
 
 
+@pytest.mark.support("transformers Trainer, saved and resumed")
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tmp_path):
@@ -111,6 +98,7 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tm
         assert torch.allclose(norms_of(resumed.model)[name], window, rtol=1e-4)
 
 
+@pytest.mark.support("TRL SFT")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_sft_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
@@ -130,21 +118,16 @@ def test_trl_sft_trains(tuner, tmp_path):
     assert all((window >= 0).sum() == 8 for window in norms_of(trainer.model).values())
 
 
-_UNCOPIED = (
-    "TRL copies parameters whose names hold '.default.'; MoRA's end in '.default', so its reference starts at zero"
+@pytest.mark.support(
+    lambda trained_before, **_: (
+        "TRL DPO" + (" from a trained adapter (MoRA: copied by hand)" if trained_before else "")
+    )
 )
-
-
-@pytest.mark.parametrize(
-    ("tuner", "trained_before"),
-    [
-        *((tuner, False) for tuner in TUNERS),
-        *((tuner, True) for tuner in TUNERS[:3]),
-        pytest.param("mora", True, marks=pytest.mark.xfail(reason=_UNCOPIED, strict=True)),
-    ],
-)
-def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path):
-    """From a base model, or from an adapter, of which TRL keeps a copy as the adapter "ref"."""
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, recwarn):
+    """From a base model, or from an adapter, of which TRL keeps a copy as the adapter "ref". MoRA's the user has to
+    copy, as a warning says."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -159,12 +142,17 @@ def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path):
         processing_class=tokenizer(),
         peft_config=None if trained_before else config,
     )
+    if trained_before and tuner == "mora":
+        assert [str(w.message) for w in recwarn if "set_peft_model_state_dict" in str(w.message)]
+        trained = get_peft_model_state_dict(trainer.model, adapter_name="default")
+        set_peft_model_state_dict(trainer.model, trained, adapter_name="ref")
     trainer.train()
     losses = losses_of(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ before the first step"
     assert abs(losses[-1] - losses[0]) > 1e-3
 
 
+@pytest.mark.support("TRL GRPO")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_grpo_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
@@ -185,6 +173,7 @@ def test_trl_grpo_trains(tuner, tmp_path):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+@pytest.mark.support("add_adapter of transformers")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
     torch.manual_seed(0)
@@ -200,6 +189,7 @@ def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
     assert_same_gradients(gradients(native), expected)
 
 
+@pytest.mark.support("add_adapter of diffusers, with and without checkpointing")
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_diffusers_add_adapter_trains(tuner, checkpointing):
@@ -220,6 +210,7 @@ def test_diffusers_add_adapter_trains(tuner, checkpointing):
     assert_same_gradients(gradients(models[0]), gradients(models[1]))
 
 
+@pytest.mark.support("AutoPeftModel and from_pretrained, is_trainable=True")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_auto_classes_and_is_trainable_continue_training(tuner, tmp_path):
     base = llama()
@@ -241,10 +232,16 @@ def test_auto_classes_and_is_trainable_continue_training(tuner, tmp_path):
 INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().manual_seed(0))}
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+def randomized(tuner: str, pre_num: int = 1) -> nn.Module:
+    fields = {} if tuner == "mora" else {"pre_num": pre_num}
+    return randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config_of(tuner, **fields))).eval()
+
+
+@pytest.mark.support("saved-tensor offloading")
+@pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_saved_tensor_offloading_keeps_the_gradient(checkpointing, shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num)
+def test_saved_tensor_offloading_keeps_the_gradient(checkpointing, tuner, pre_num):
+    model = randomized(tuner, pre_num)
     plain = copy.deepcopy(model).train()
     model.train()
     if checkpointing:
@@ -270,23 +267,29 @@ def offloaded(model: nn.Module, how: str, folder: str) -> nn.Module:
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.support("accelerate CPU and disk offload: inference")
+@pytest.mark.support("accelerate CPU and disk offload: training", verdict="refused")
+@pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("how", ["cpu", "disk", "some blocks"])
-def test_offloaded_models_infer_right_and_refuse_to_train(how, shortcut, pre_num, tmp_path):
-    _, model = adapted("llama", shortcut, pre_num)
+def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, tmp_path):
+    model = randomized(tuner, pre_num)
     with torch.no_grad():
         expected = output_of(model, INPUTS)
         model = offloaded(model, how, str(tmp_path))
         for _ in range(2):
             assert relative_error(output_of(model, INPUTS), expected) < 1e-5
     with pytest.raises(
-        RuntimeError, match=r"layer 'model\.layers\.\d\..*offloaded while gradients are enabled.*no_grad"
+        RuntimeError, match=r"layer '?model\.layers\.\d\..*offloaded while gradients are enabled.*no_grad"
     ):
         output_of(model, INPUTS)
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
-def test_layers_that_run_several_times_are_right_or_refused(shortcut, pre_num):
+@pytest.mark.support(
+    "layers that run several times (ALBERT, several groups)",
+    verdict=lambda tuner, **_: "right" if tuner in ("block", "mora") else "refused",
+)
+@pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
+def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
     """ALBERT with two groups of layers, each run twice: an input shortcut has no predecessor in the second round."""
     config = AlbertConfig(
         hidden_size=24,
@@ -298,10 +301,11 @@ def test_layers_that_run_several_times_are_right_or_refused(shortcut, pre_num):
         vocab_size=53,
         max_position_embeddings=32,
     )
-    adapter = ResLoRAConfig(r=3, target_modules=["query", "ffn"], shortcut=shortcut, pre_num=pre_num)
+    fields = {} if tuner == "mora" else {"pre_num": pre_num}
+    adapter = config_of(tuner, target_modules=["query", "ffn"], **fields)
     torch.manual_seed(0)
     model = randomize_adapters(get_peft_model(AlbertModel(config), adapter)).eval()
-    if shortcut != "block":
+    if tuner in ("input", "middle"):
         with pytest.raises(RuntimeError, match=r"ran before its predecessor.*repeat blocks"):
             model(**INPUTS)
         return
@@ -309,6 +313,7 @@ def test_layers_that_run_several_times_are_right_or_refused(shortcut, pre_num):
     assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < 1e-5
 
 
+@pytest.mark.support("bf16 and fp16 autocast")
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -325,6 +330,7 @@ def test_autocast_gradients_are_those_of_float32_up_to_rounding(checkpointing, d
     assert_close_gradients(model, plain)
 
 
+@pytest.mark.support("bf16 base, float32 or bf16 adapter")
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bf16_base_models_train(autocast_adapter_dtype, tuner):

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.quantized import keep_bias, kept_copy, put_back, refuse_repacked
@@ -23,6 +24,16 @@ _READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def broken_adapter_message(adapter_name: str) -> str:
     """PEFT's own words, which its users and tests look for."""
     return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+
+
+class SquareMatrices(nn.ParameterDict):
+    """M `(q, q)` by adapter. Offloading and sharding load the parameters of a module for its call, so that it is
+    called where M is used."""
+
+    __call__ = nn.Module.__call__  # nn.ParameterDict's refuses
+
+    def forward(self, adapter_name: str) -> torch.Tensor:
+        return self[adapter_name]
 
 
 class MoRALayer(BaseTunerLayer):
@@ -42,7 +53,7 @@ class MoRALayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.mora_M = nn.ParameterDict()
+        self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
@@ -115,6 +126,11 @@ class MoRALayer(BaseTunerLayer):
                 f"it has {', '.join(map(repr, self.mora_M)) or 'none'}."
             )
         M = self.mora_M[adapter_name]
+        if isinstance(M, DTensor) or M.is_meta or M.numel() == 0:
+            raise RuntimeError(
+                f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is sharded or offloaded and "
+                "cannot be read. Save the adapter and load it into a model without sharding and offloading."
+            )
         return M.to(torch.promote_types(M.dtype, torch.float32))
 
 
@@ -142,10 +158,19 @@ class MoRALinear(nn.Module, MoRALayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter_name in self.active_adapters:
             if adapter_name in self.mora_M:
-                M = self.mora_M[adapter_name]
+                self._refuse_offloaded_training(self.mora_M[adapter_name], x)
+                M = self.mora_M(adapter_name)
                 dropped = self.mora_dropout[adapter_name](self._cast_input_dtype(x, M.dtype))
                 result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
         return result.to(dtype)
+
+    def _refuse_offloaded_training(self, M: torch.Tensor, x: torch.Tensor) -> None:
+        if M.is_meta and M.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+            raise RuntimeError(
+                f"The matrix of layer {self.layer_name} is offloaded while gradients are enabled; accelerate loads a "
+                "copy of it, whose gradient is lost. Keep the blocks that are trained on a device (device_map), or "
+                "run inference under torch.no_grad()."
+            )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

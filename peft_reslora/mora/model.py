@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,25 @@ class MoRAModel(BaseTuner):
     prefix: str = "mora_"
     tuner_layer_cls = MoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._warn_of_an_uncopied_reference(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:
+        """TRL's trainers (read in 1.16) add a reference with the config of the trained adapter, and copy into it the
+        parameters whose names hold '.default.'; those of MoRA, as of most of PEFT's tuners but LoRA, end in it."""
+        config = self.peft_config[adapter_name]
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        matrices = [M for layer in model.modules() if isinstance(layer, MoRALayer) for M in layer.mora_M.items()]
+        if any(name in twins and not M.is_meta and M.any() for name, M in matrices):
+            warnings.warn(
+                f"Adapter {adapter_name!r} has the config of {twins[0]!r}, which has been trained, but it starts at "
+                "zero. If it is to be a copy, as TRL's DPOTrainer and others mean it when they start from a trained "
+                "adapter, copy it yourself: set_peft_model_state_dict(trainer.model, get_peft_model_state_dict("
+                f"trainer.model, adapter_name={twins[0]!r}), adapter_name={adapter_name!r}).",
+                stacklevel=2,
+            )
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse what MoRA cannot adapt while the model is still as it was."""

@@ -1,0 +1,52 @@
+"""The table of what is supported: each of its cells is a test.
+
+A test that stands for a cell says so with `@pytest.mark.support(row, verdict="right", columns=None)`: `row` and
+`verdict` are strings, or functions of the test's parameters; the column is that of the test's tuner, unless `columns`
+names several. `python -m pytest --collect-only -q --support-table` prints the table, and `test_readme.py` compares it
+with the one in README.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+COLUMNS = ["input", "block", "middle", "MoRA"]
+UNTESTED = "-"
+
+
+def _column(params: dict[str, Any]) -> str:
+    """The column by the parameter `tuner` or `shortcut`, such as 'input', 'reslora-input' or ('input', 1)."""
+    tuner = params.get("tuner", params.get("shortcut", "mora"))
+    name = (tuner if isinstance(tuner, str) else tuner[0]).removeprefix("reslora-").split("-")[0]
+    return name if name in COLUMNS else "MoRA"
+
+
+def _cells(item: pytest.Item) -> list[tuple[str, str, str]]:
+    """Row, column and verdict of each cell for which a test stands."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+
+    def resolve(value: Any) -> str:
+        return value(**params) if callable(value) else value
+
+    found = []
+    for marker in item.iter_markers("support"):
+        xfails = item.get_closest_marker("xfail") is not None
+        verdict = "wrong" if xfails else resolve(marker.kwargs.get("verdict", "right"))
+        for column in marker.kwargs.get("columns") or [_column(params)]:
+            found.append((resolve(marker.args[0]), column, verdict))
+    return found
+
+
+def support_table(items: list[pytest.Item]) -> str:
+    """The table in Markdown, its rows in the order of the tests."""
+    rows: dict[str, dict[str, set[str]]] = {}
+    for item in items:
+        for row, column, verdict in _cells(item):
+            rows.setdefault(row, {}).setdefault(column, set()).add(verdict)
+    lines = [f"| trained with | {' | '.join(COLUMNS)} |", "|" + " --- |" * (len(COLUMNS) + 1)]
+    for row, cells in rows.items():
+        verdicts = ["/".join(sorted(cells.get(column, {UNTESTED}))) for column in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(verdicts)} |")
+    return "\n".join(lines)
