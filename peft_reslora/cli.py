@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +33,7 @@ from peft_reslora.reslora.merge import (
     chains_of_blocks,
     is_exact,
 )
+from peft_reslora.saving import WEIGHTS_FILE, refuse_damaged
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -161,11 +161,11 @@ def _read_config(folder: Path) -> PeftConfig:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); save the adapter again") from error
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; save the adapter again")
+    refuse_damaged(path)
+    return load_file(path)
 
 
 def _load_adapter_on_base(folder: Path, base: str) -> PeftModel:

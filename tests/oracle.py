@@ -45,23 +45,24 @@ def factors_of(model: nn.Module, adapter_name: str = "default") -> Factors:
 
 
 def chains_by_block(names: list[str], shape_of: Callable[[str], tuple[int, ...]]) -> list[list[str]]:
-    """Chains found in the plainest way: first differing number one apart, everything else and the shape equal."""
+    """Chains found in the plainest way: each layer joins the one before it with the same name but for the numbers, if
+    the first number that differs is one apart and the shape equal."""
     chains: list[list[str]] = []
+    latest: dict[str, list[str]] = {}
 
     def numbers_of(name: str) -> list[int]:
         return [int(p) for p in name.split(".")[:-1] if p.isdigit()]
 
     for name in sorted(names, key=numbers_of):
-        for chain in chains:
-            last = chain[-1]
-            same_role = re.sub(r"\.\d+(?=\.)", "*", last) == re.sub(r"\.\d+(?=\.)", "*", name)
-            numbers = [numbers_of(n) for n in (last, name)]
-            step = next((b - a for a, b in zip(*numbers, strict=False) if a != b), None)
-            if same_role and step == 1 and shape_of(last) == shape_of(name):
-                chain.append(name)
-                break
+        role = re.sub(r"\.\d+(?=\.)", "*", name)
+        chain = latest.get(role)
+        pairs = zip(numbers_of(chain[-1]), numbers_of(name), strict=True) if chain else []
+        step = next((b - a for a, b in pairs if a != b), None)
+        if chain and step == 1 and shape_of(chain[-1]) == shape_of(name):
+            chain.append(name)
         else:
-            chains.append([name])
+            latest[role] = [name]
+            chains.append(latest[role])
     return chains
 
 

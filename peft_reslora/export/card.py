@@ -14,6 +14,7 @@ from safetensors import safe_open
 from peft_reslora.export.report import COLUMNS, ExportReport
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.model import size_table
+from peft_reslora.saving import WEIGHTS_FILE
 
 # Where the task type leaves no doubt; sequence to sequence may be translation, summarization and others.
 _PIPELINE_TAGS = {
@@ -95,7 +96,7 @@ def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> Non
 
 def _mora_sizes(folder: Path, config: PeftConfig) -> str:
     """What MoRA made of each kind of layer, from the weights beside the config, which PEFT writes first."""
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS_FILE
     if not isinstance(config, MoRAConfig) or not weights.is_file():
         return ""
     with safe_open(weights, framework="pt") as tensors:

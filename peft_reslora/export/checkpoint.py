@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from peft_reslora.export.card import lora_card
 from peft_reslora.export.folder import replaced_folder
 from peft_reslora.export.report import ExportReport
+from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _CARD_FILE, _DIFFUSERS_FILE = "README.md", "pytorch_lora_weights.safetensors"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, _CARD_FILE, _DIFFUSERS_FILE)
 # The only fields that are written: PEFT before 0.14 refuses those that it does not know.

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_reslora.export.card import method_name
-from peft_reslora.export.checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.factors import Factors, layer_factors
 from peft_reslora.export.fitting import Fit, FittedUpdate
 from peft_reslora.export.targets import tuner_layers
+from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
 
@@ -121,12 +121,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             f"{config_file} has peft_type {peft_type!r}; from files alone, only {' and '.join(_FROM_FILES)} are "
             "exported. Load the adapter onto its base model and use export_lora."
         )
-    try:
-        return config, load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{weights_file} is damaged or no safetensors file ({error}); save the adapter again."
-        ) from error
+    refuse_damaged(weights_file)
+    return config, load_file(weights_file)
 
 
 @torch.no_grad()

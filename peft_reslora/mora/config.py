@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
+from peft_reslora.saving import SavedWhole
+
 from .operators import MoRAType
 
 Bias = Literal["none", "all", "mora_only"]
@@ -22,7 +24,7 @@ sharing their sum (1.2 against 1.0 of LoRA's step at rank 64 and hidden size 102
 
 
 @dataclass
-class MoRAConfig(PeftConfig):
+class MoRAConfig(SavedWhole, PeftConfig):
     """One square matrix M per target layer, instead of LoRA's two factors.
 
     MoRA, arXiv 2405.12130. The layer computes base(x) + decompress(M compress(x)); there is no alpha. Each field is
@@ -126,13 +128,6 @@ class MoRAConfig(PeftConfig):
         elif self.layers_pattern and self.layers_to_transform is None:
             faults.append("layers_pattern says where layers_to_transform counts, so set layers_to_transform too")
         return faults
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT; the model card beside the config then says how to load and export the adapter."""
-        from peft_reslora.export.card import write_native_card  # no tuner needs the export to be imported
-
-        super().save_pretrained(save_directory, **kwargs)
-        write_native_card(save_directory, self)
 
     def resolve_type(self, r: int) -> MoRAType:
         """The operator for a layer of rank `r`, with "auto" decided."""

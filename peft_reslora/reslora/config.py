@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
+
+from peft_reslora.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
 MergeEstimator = Literal["input_norm", "weight_norm", "least_squares", "drop"]
@@ -29,7 +31,7 @@ _INITS: tuple[object, ...] = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass
-class ResLoRAConfig(LoraConfig):
+class ResLoRAConfig(SavedWhole, LoraConfig):
     """LoRA with residual shortcuts between the blocks of consecutive layers.
 
     ResLoRA, arXiv 2402.18039. All fields of `LoraConfig` keep their meaning; the added ones are described by the
@@ -79,13 +81,6 @@ class ResLoRAConfig(LoraConfig):
         faults = [*self._own_faults(), *self._lora_faults()]
         if faults:
             raise ValueError("ResLoRAConfig cannot be used: " + "; ".join(faults) + ".")
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT; the model card beside the config then says how to load and export the adapter."""
-        from peft_reslora.export.card import write_native_card  # no tuner needs the export to be imported
-
-        super().save_pretrained(save_directory, **kwargs)
-        write_native_card(save_directory, self)
 
     def _own_faults(self) -> list[str]:
         faults = []

@@ -86,8 +86,8 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         if not self.training or chain.config.merge_estimator != "input_norm" or x.numel() == 0:
             return
         window = self.lora_norm[adapter_name]
-        norm = torch.linalg.vector_norm(x, dtype=torch.float32) / math.sqrt(x.numel())
-        window.copy_(torch.cat((window[1:], norm.reshape(1))))
+        norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) / math.sqrt(x.numel())
+        window.copy_(torch.cat((window[1:], norm.reshape(1).float())))
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor) -> None:
         """Keep C_n, with a sketch of the factors that it belongs to."""
