@@ -28,7 +28,11 @@ class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; the file is replaced in one step, the weights beside it are sealed, and the model card says how
-        to load and export the adapter."""
+        to load and export the adapter.
+
+        Raises:
+            ValueError: if PEFT has saved tensors that were partitioned over processes; they are deleted.
+        """
         from peft_reslora.export.card import write_native_card  # no tuner needs the export to be imported
 
         folder = Path(save_directory)
@@ -36,6 +40,7 @@ class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
         with _replaced(folder / CONFIG_FILE) as whole:
             super().save_pretrained(str(whole.parent), **kwargs)
         if (folder / WEIGHTS_FILE).is_file():
+            _refuse_empty(folder / WEIGHTS_FILE)
             seal(folder / WEIGHTS_FILE)
         write_native_card(save_directory, self)
 
@@ -52,6 +57,19 @@ class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
         if weights.is_file():
             refuse_damaged(weights)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _refuse_empty(file: Path) -> None:
+    """DeepSpeed ZeRO-3 leaves tensors without numbers in the model, which PEFT saves as they are."""
+    with safe_open(file, "pt") as opened:
+        empty = [name for name in opened.keys() if 0 in opened.get_slice(name).get_shape()]  # noqa: SIM118
+    if empty:
+        file.unlink()
+        raise ValueError(
+            f"{len(empty)} tensors of the adapter hold no numbers, {empty[0]} among them: they are partitioned over "
+            "processes. Save with trainer.save_model(), or pass state_dict=accelerator.get_state_dict(model) to "
+            "save_pretrained."
+        )
 
 
 def seal(file: Path) -> None:

@@ -138,18 +138,34 @@ def zero(model: nn.Module, stage: int) -> Results:
     return train(engine, engine.backward, engine.step, safe_get_full_grad, *ranks)
 
 
+def start_accelerate() -> None:
+    """Let accelerate use the engine that `accelerate launch` was told to use.
+
+    It shards on accelerators only, and on CPUs would use DDP or nothing at all, without a word (read in 1.15).
+    """
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def accelerated(model: nn.Module) -> Results:
     """Whatever engine `accelerate launch` was told to use."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if deepspeed:
         plugin = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH // accelerator.num_processes
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+        plugin.deepspeed_config["gradient_clipping"] = 1e6
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def gradient(p: nn.Parameter) -> torch.Tensor:
@@ -158,7 +174,8 @@ def accelerated(model: nn.Module) -> Results:
         return p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
 
     ranks = accelerator.process_index, accelerator.num_processes
-    return train(model, accelerator.backward, _stepper(optimizer), gradient, *ranks)
+    results = train(model, accelerator.backward, _stepper(optimizer), gradient, *ranks)
+    return {**results, "engine": accelerator.distributed_type.value}
 
 
 RUNNERS: dict[str, Callable[[nn.Module], Results]] = {
@@ -176,9 +193,7 @@ def main(engine: str, output: str) -> None:
 
         deepspeed.init_distributed("gloo")
     elif engine == "accelerate":
-        from accelerate import PartialState
-
-        PartialState(cpu=True)
+        start_accelerate()
     else:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ DIRECT = [
     pytest.param("zero2", marks=pytest.mark.slow),
     pytest.param("zero3", marks=pytest.mark.slow),
 ]
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
 LAUNCHED = [pytest.param(path.stem, marks=pytest.mark.slow) for path in sorted(CONFIGS.glob("*.yaml"))]
 
 LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
@@ -33,7 +34,6 @@ def _environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
@@ -133,7 +133,9 @@ def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
 @pytest.mark.parametrize("config", LAUNCHED)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_accelerate_launch_trains_as_one_process(launch, config, tuner):
-    assert_same_training(launch(config)[case_id(tuner, "non-reentrant")], reference(tuner))
+    result = launch(config)[case_id(tuner, "non-reentrant")]
+    assert_same_training(result, reference(tuner))
+    assert result["engine"] == ENGINES[config]
 
 
 @pytest.mark.parametrize("engine", DIRECT)

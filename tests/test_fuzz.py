@@ -325,8 +325,12 @@ class Case:
 
     def set(self) -> None:
         names = self._some()
-        self.model.base_model.set_adapter(names)
+        self._activate(names)
         self.plain.active, self.plain.merged = names, []
+
+    def _activate(self, names: list[str]) -> None:
+        self.model.set_adapter(names[0])
+        self.model.base_model.set_adapter(names)  # PEFT takes several here only
 
     def _some(self) -> list[str]:
         known = sorted(self.plain.adapters)
@@ -405,7 +409,7 @@ class Case:
             self.model = PeftModel.from_pretrained(copy.deepcopy(self.plain.base), where[first], adapter_name=first)
             for name in others:
                 self.model.load_adapter(where[name], adapter_name=name)
-        self.model.base_model.set_adapter(self.plain.active)
+        self._activate(self.plain.active)
         self.model.eval()
 
 

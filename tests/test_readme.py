@@ -7,8 +7,12 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from tiny_models import TINY_MODELS
+
+from peft_reslora import ResLoRAModel
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -32,6 +36,7 @@ def test_the_first_block_is_the_main_job_and_the_tests():
 
 def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    swift, axolotl = stand_ins(monkeypatch)
     namespace: dict = {}
     for language, block in BLOCKS[1:]:
         if language == "python":
@@ -43,6 +48,22 @@ def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, mo
                 subprocess.run([sys.executable, "-m", "peft_reslora", *arguments], check=True, capture_output=True)
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "lora-from-files" / "adapter_model.safetensors").is_file()
+    arguments = SimpleNamespace(lora_rank=4, lora_alpha=8)
+    prepared = swift.tuners_map["reslora"].prepare_model(arguments, TINY_MODELS["llama"].make())
+    assert isinstance(prepared.base_model, ResLoRAModel)
+    assert prepared.peft_config["default"].r == 4
+    assert namespace["Plugin"] is axolotl.BasePlugin
+
+
+def stand_ins(monkeypatch):
+    """For packages whose users read the README, and which the tests do not install."""
+    modules = {name: ModuleType(name) for name in ("swift", "swift.tuner_plugin")}
+    modules |= {name: ModuleType(name) for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base")}
+    swift, axolotl = modules["swift.tuner_plugin"], modules["axolotl.integrations.base"]
+    swift.PeftTuner, swift.tuners_map, axolotl.BasePlugin = type("PeftTuner", (), {}), {}, type("BasePlugin", (), {})
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return swift, axolotl
 
 
 def test_the_table_of_what_is_supported_is_that_of_the_tests():

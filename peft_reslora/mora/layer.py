@@ -28,12 +28,13 @@ def broken_adapter_message(adapter_name: str) -> str:
 
 class SquareMatrices(nn.ParameterDict):
     """M `(q, q)` by adapter. Offloading and sharding load the parameters of a module for its call, so that it is
-    called where M is used."""
+    called where M is used; a view stays when the parameter is unloaded after the call."""
 
     __call__ = nn.Module.__call__  # nn.ParameterDict's refuses
 
     def forward(self, adapter_name: str) -> torch.Tensor:
-        return self[adapter_name]
+        M = self[adapter_name]
+        return M.view_as(M)
 
 
 class MoRALayer(BaseTunerLayer):

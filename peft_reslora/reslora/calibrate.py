@@ -179,8 +179,10 @@ def ready_chains(model: nn.Module, adapter_name: str) -> list[Chain]:
     """
     chains = chains_of(model, adapter_name)
     if not chains:
-        held = sorted(getattr(model, "peft_config", {}))
-        raise ValueError(f"The model holds no ResLoRA adapter {adapter_name!r} (it has {held}).")
+        held = [f"{name} ({config.peft_type.value})" for name, config in getattr(model, "peft_config", {}).items()]
+        raise ValueError(
+            f"The model holds no ResLoRA adapter {adapter_name!r} with links (it has {', '.join(held) or 'none'})."
+        )
     for chain in chains:
         for name, layer in zip(chain.names, chain.layers, strict=True):
             factors = (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)

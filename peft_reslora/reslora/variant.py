@@ -56,8 +56,8 @@ class Chain:
         return [
             Block(
                 layer_name,
-                readable(layer.lora_A[name], layer_name).detach(),
-                readable(layer.lora_B[name], layer_name).detach(),
+                readable(layer.lora_A[name], layer_name, _FROM_FILES).detach(),
+                readable(layer.lora_B[name], layer_name, _FROM_FILES).detach(),
                 layer.scaling[name],
                 stored(layer.lora_norm, name),
                 layer.unmerged_base_weight,
@@ -276,7 +276,14 @@ def weight_by_call(linear: nn.Linear) -> torch.Tensor:
     return linear(torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)).t()
 
 
-def readable(linear: nn.Linear, name: str) -> torch.Tensor:
+_OTHER_SHORTCUT = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
+_FROM_FILES = (
+    "Let the trainer save the adapter, and merge or export it from there: load it into a model without sharding and "
+    "offloading, or call `peft-reslora export`."
+)
+
+
+def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT) -> torch.Tensor:
     """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
 
     Raises:
@@ -285,7 +292,7 @@ def readable(linear: nn.Linear, name: str) -> torch.Tensor:
     weight = linear.weight
     if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         raise RuntimeError(
-            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read by another layer. Use "
-            "shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
+            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
+            f"pass. {advice}"
         )
     return weight
