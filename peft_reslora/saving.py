@@ -9,8 +9,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _DIGEST = "sha256"  # in the header of the weights
+_ABANDONED_AFTER = 60 * 60  # seconds
 
 
 class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -37,11 +39,13 @@ class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / WEIGHTS_FILE
+        if weights.is_file():
+            _refuse_empty(weights)
         with _replaced(folder / CONFIG_FILE) as whole:
             super().save_pretrained(str(whole.parent), **kwargs)
-        if (folder / WEIGHTS_FILE).is_file():
-            _refuse_empty(folder / WEIGHTS_FILE)
-            seal(folder / WEIGHTS_FILE)
+        if weights.is_file():
+            seal(weights)
         write_native_card(save_directory, self)
 
     @classmethod
@@ -112,8 +116,10 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 @contextmanager
 def _replaced(file: Path) -> Iterator[Path]:
     """A place for what takes the place of `file` in one step."""
-    for left in file.parent.glob(f".{file.name}-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for left in file.parent.glob(f".{file.name}-*"):  # by a process that was killed, unless it is still being written
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
         yield Path(folder, file.name)
         os.replace(Path(folder, file.name), file)
