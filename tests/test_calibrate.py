@@ -318,7 +318,7 @@ def _broken(model: nn.Module) -> None:
     ("shortcut", "prepare", "arguments", "message"),
     [
         ("block", None, {}, "shortcut='block', which merges exactly"),
-        ("input", None, {"adapter_name": "other"}, r"no ResLoRA adapter 'other' with links \(it has default \(RESLORA\)\)"),
+        ("input", None, {"adapter_name": "other"}, r"no ResLoRA adapter 'other'.*it has default \(RESLORA\)"),
         ("input", None, {"ridge": -1.0}, r"ridge=-1\.0 must be a number that is not negative"),
         ("input", None, {"batches": []}, r"No token came through layer 'model\.layers\.1"),
         ("input", None, {"batches": batches_of(1, 2)}, r"Choosing a ridge takes 4 sequences"),
