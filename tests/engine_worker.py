@@ -122,8 +122,9 @@ def fsdp2(model: nn.Module) -> Results:
 
 
 def zero(model: nn.Module, stage: int) -> Results:
-    import deepspeed
     from deepspeed.utils import safe_get_full_grad
+
+    deepspeed = import_deepspeed()
 
     config = {
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
@@ -138,6 +139,14 @@ def zero(model: nn.Module, stage: int) -> Results:
     return train(engine, engine.backward, engine.step, safe_get_full_grad, *ranks)
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed without the operators that it would compile first, and wait for each other's compilers."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__.update(dict.fromkeys(deepspeed.ops.__compatible_ops__, False))
+    return deepspeed
+
+
 def start_accelerate() -> None:
     """Let accelerate use the engine that `accelerate launch` was told to use.
 
@@ -148,6 +157,8 @@ def start_accelerate() -> None:
     from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        import_deepspeed()
     PartialState(cpu=True)
     if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -189,9 +200,7 @@ RUNNERS: dict[str, Callable[[nn.Module], Results]] = {
 
 def main(engine: str, output: str) -> None:
     if engine.startswith("zero"):
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
+        import_deepspeed().init_distributed("gloo")
     elif engine == "accelerate":
         start_accelerate()
     else:
