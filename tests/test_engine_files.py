@@ -16,9 +16,9 @@ import torch
 from engine_files_worker import SAVED, STEPS, TUNERS
 from oracle import relative_error
 from safetensors.torch import load_file
-from test_engines import CONFIGS, ENGINES, HERE, LABELS, _environment, _free_port, _run
+from test_engines import CONFIGS, ENGINES, HERE, LABELS, _environment, _free_port, _run, by_engine
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 CALLS = ["save_pretrained", "export_lora", "save_as_lora", "calibrate_merge", "merge_report", "merge_adapter"]
 FOLDERS = {"save_pretrained": "saved", "export_lora": "exported", "save_as_lora": "as_lora"}
@@ -81,7 +81,7 @@ def assert_same_updates(actual: Path, expected: Path) -> None:
             assert relative_error(*updates) < 1e-4, name
 
 
-engines = pytest.mark.parametrize("engine", ENGINES)
+engines = pytest.mark.parametrize("engine", by_engine("files", ENGINES))
 tuners = pytest.mark.parametrize("tuner", TUNERS)
 
 
@@ -128,6 +128,7 @@ def test_calls_on_a_trained_model_are_right_or_refused(trained, engine, tuner):
     assert (refusals > 0) == sharded
 
 
+@pytest.mark.xdist_group("files fsdp2")
 @tuners
 def test_what_was_trained_in_shards_is_exported_from_its_files(trained, tuner, tmp_path):
     if tuner == "mora":

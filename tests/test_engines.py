@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +20,20 @@ from oracle import relative_error
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
-DIRECT = [
-    "ddp",
-    "fsdp2",
-    pytest.param("zero2", marks=pytest.mark.slow),
-    pytest.param("zero3", marks=pytest.mark.slow),
-]
-ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
-LAUNCHED = [pytest.param(path.stem, marks=pytest.mark.slow) for path in sorted(CONFIGS.glob("*.yaml"))]
-
 LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
+
+
+def by_engine(kind: str, engines: Iterable[str], quick: Collection[str] = ()) -> list[Any]:
+    """Parameters for the tests of engines; those of one engine run in one worker, which starts its processes once."""
+    return [
+        pytest.param(e, marks=[pytest.mark.xdist_group(f"{kind} {e}"), *([] if e in quick else [pytest.mark.slow])])
+        for e in engines
+    ]
+
+
+DIRECT = by_engine("direct", LABELS, quick=["ddp", "fsdp2"])
+LAUNCHED = by_engine("launched", ENGINES)
 
 
 def _environment() -> dict[str, str]:
@@ -134,6 +140,7 @@ def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
     assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner))
 
 
+@pytest.mark.long
 @pytest.mark.support("the same through accelerate launch (configs/accelerate)")
 @pytest.mark.parametrize("config", LAUNCHED)
 @pytest.mark.parametrize("tuner", TUNERS)

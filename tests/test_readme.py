@@ -67,7 +67,17 @@ def stand_ins(monkeypatch):
 
 
 def test_the_table_of_what_is_supported_is_that_of_the_tests():
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "--collect-only", "-q", "--support-table"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "tests"),
+        "--collect-only",
+        "-q",
+        "--support-table",
+        "-m",
+        "",
+    ]
     printed = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True).stdout
     table = "\n".join(line for line in printed.splitlines() if line.startswith("|"))
     assert table.count("\n") > 20
