@@ -279,13 +279,14 @@ def test_inputs_of_different_shape_are_refused(shortcut):
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_reentrant_region_after_a_plain_block_is_refused(shortcut):
-    model = _CheckpointedMLP(1, None)
+    class FirstBlockPlain(_CheckpointedMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.layers[1], self.layers[0](x), use_reentrant=True)
+
     config = ResLoRAConfig(r=2, target_modules=r"layers\.\d+\.[02]", shortcut=shortcut)
-    model = randomize_adapters(get_peft_model(model, config))
-    layers = model.base_model.model.layers
-    x = layers[0](torch.randn(4, 6, requires_grad=True))
+    model = randomize_adapters(get_peft_model(FirstBlockPlain(1, None), config))
     with pytest.raises(RuntimeError, match=r"use_reentrant=True, but layer 'layers\.0\.0'"):
-        checkpoint(layers[1], x, use_reentrant=True)
+        model(torch.randn(4, 6, requires_grad=True))
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)

@@ -19,7 +19,7 @@ from torch import nn
 
 from peft_reslora.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch
-from peft_reslora.reslora.variant import Chain, ResLoRAVariant
+from peft_reslora.reslora.variant import Chain, ResLoRAVariant, is_transformed, unseen_by_modes
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
 # TransformerEngine, embeddings, convolutions, attention, parameters) would train plain LoRA and are refused.
@@ -64,6 +64,13 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
     kept_base_weights: dict[str, torch.Tensor]  # by adapter: the base weight before it was merged
     kept_base_layer: list[nn.Module]  # while merged, where it is quantised: a copy of the base layer from before
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies and pickles: the copied layer enters itself into the copies of its chains."""
+        super().__setstate__(state)  # of nn.Module
+        for variant in self.lora_variant.values():
+            if isinstance(variant, ResLoRAVariant):
+                variant.chain.enter(variant.position, self)
+
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
         variant = self.lora_variant.get(adapter_name)
         return (variant.chain, variant.position) if isinstance(variant, ResLoRAVariant) else None
@@ -83,11 +90,12 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         The mean over all entries, so that neither batch size nor length biases it; in float32, on the device.
         """
         chain = self.lora_variant[adapter_name].chain
-        if not self.training or chain.config.merge_estimator != "input_norm" or x.numel() == 0:
+        if not self.training or chain.config.merge_estimator != "input_norm" or x.numel() == 0 or is_transformed():
             return
-        window = self.lora_norm[adapter_name]
-        norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) / math.sqrt(x.numel())
-        window.copy_(torch.cat((window[1:], norm.reshape(1).float())))
+        with unseen_by_modes():
+            window = self.lora_norm[adapter_name]
+            norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            window.copy_(torch.cat((window[1:], (norm / math.sqrt(x.numel())).reshape(1).float())))
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor) -> None:
         """Keep C_n, with a sketch of the factors that it belongs to."""

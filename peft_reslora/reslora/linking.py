@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig
 from peft_reslora.reslora.chain import ChainTable, Target, find_chains
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.relay import add_doorway
 from peft_reslora.reslora.variant import Chain
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
@@ -42,7 +44,8 @@ def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> N
     layers = dict(_adapted_layers(model, adapter_name))
     for targets in table.chains:
         names = [target.name for target in targets]
-        chain = Chain(names, [layers[name] for name in names], adapter_name, config)
+        doorways = [add_doorway(module) for module in _holding_all(model, names)]
+        chain = Chain(names, [layers[name] for name in names], adapter_name, config, doorways)
         for position, layer in enumerate(chain.layers):
             layer.link(adapter_name, chain, position)
     if layers and not table.num_links:
@@ -52,6 +55,14 @@ def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> N
             f"so it trains plain LoRA{doubled}. See describe_chains(model) for the reasons, or set chain_pattern.",
             stacklevel=2,
         )
+
+
+def _holding_all(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules that hold a whole chain and can be called, from `model` down; of a single layer, `model` alone."""
+    paths = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
+    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
+    modules = [model.get_submodule(".".join(shared[:depth])) for depth in range(len(shared) + 1)]
+    return [module for module in modules if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
 
 
 def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> ChainTable:

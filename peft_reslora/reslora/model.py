@@ -16,6 +16,7 @@ from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
+from peft_reslora.reslora.relay import doorway_of, remove_doorways
 from peft_reslora.reslora.variant import Chain, restore, stored
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,17 @@ class ResLoRAModel(LoraModel):
             find_chains_before_injection(model, config)  # refuses before the model is changed
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_chains(model, config, adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT calls the model's `forward` (read in 0.21.2), past the hooks by which a chain knows its forward pass.
+        doorway = doorway_of(self.model)
+        if doorway is None:
+            return super().forward(*args, **kwargs)
+        doorway.enter(self.model, ())
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            doorway.leave(self.model, (), None)
 
     def _create_and_replace(
         self,
@@ -70,9 +82,11 @@ class ResLoRAModel(LoraModel):
         with plan as chains:
             for name in dict.fromkeys(chain.adapter_name for chain in chains):
                 logger.info(describe_merge([chain for chain in chains if chain.adapter_name == name]))
-            return super()._unload_and_optionally_merge(  # type: ignore[return-value]  # PEFT annotates None
+            unloaded: Any = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        remove_doorways(unloaded)
+        return unloaded
 
     @contextmanager
     def _planned_merge(
@@ -81,6 +95,7 @@ class ResLoRAModel(LoraModel):
         """Compute what a merge needs of all layers before it changes any, and refuse what cannot be merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
         chains = [chain for name in names for chain in chains_of(self.model, name)]
+        held = [chain.layers for chain in chains]  # while unloading takes them out of the model one by one
         for chain in chains:
             broken = not all(torch.isfinite(b.A).all() and torch.isfinite(b.B).all() for b in chain.blocks())
             if broken and safe_merge:  # PEFT's own words for it
@@ -95,6 +110,7 @@ class ResLoRAModel(LoraModel):
                 chain.keeps_base_weights = keep_base_weights
             yield chains
         finally:
+            del held
             for chain in chains:
                 chain.planned = None
                 chain.keeps_base_weights = True

@@ -1,263 +1,422 @@
 """Relay: how the layers of a chain hand tensors on within one forward pass.
 
-In an ordinary forward pass the tensor itself is handed on, graph and all: autograd then does what it always does. The
-pass is forgotten as soon as its last layer has run.
+A pass belongs to a call of a module that holds the whole chain. A `Doorway` on each such module opens a scope when it
+is called and closes it when the call ends, also by an exception; what was handed on ends with it. A layer takes from
+the innermost open scope of its chain in its own thread. Called on its own, outside of any, it has nothing to take
+from, so that it never sees what an earlier pass has left.
 
-A checkpointed region is run again during the backward pass, and its layers must then see what they saw the first time.
-Two things are needed. What a layer took inside a checkpointed region is kept, detached, as long as the region's own
-graph lives. And the recomputation has to find the pass it belongs to, since several forwards may wait for their
-backward: the autograd node that is being evaluated tells.
-
-- Non-re-entrant checkpointing recomputes while a node of the original graph asks for its saved tensors. Sequence
-  numbers of nodes grow with time, so the pass is the latest one that had started when the node was made. The graph
-  itself is the original one, and its edges are complete.
-- Re-entrant checkpointing runs the region without a graph first, and builds the region's graph, cut off from the
-  rest, during the backward pass. No edge can cross, so the gradient is carried by hand: the taker deposits it, and the
-  giver, whose region is recomputed later, adds the deposit to its own gradient.
+In an ordinary forward pass the tensor itself is handed on, graph and all: autograd then does what it always does. What
+checkpointing needs besides is in `recompute`: there a layer takes what it took the first time.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
-import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch import nn
 
 from peft_reslora.reslora.chain import reach
+from peft_reslora.reslora.recompute import (
+    INSIDE,
+    NO_REGION,
+    Kept,
+    Ledger,
+    Nest,
+    Region,
+    Replay,
+    Surroundings,
+    Taken,
+    enclosing_regions,
+    give,
+    take,
+    version_of,
+)
+from peft_reslora.reslora.shortcuts import SharedSum
 
-_PASSES = "peft_reslora_passes"  # attribute of a re-entrant checkpoint's node
+_keys = itertools.count()
+
+
+class Given:
+    """What one layer has handed on: the tensor, its version then, and the regions in which it ran."""
+
+    def __init__(self, value: torch.Tensor, version: int, regions: dict[Region, Taken]) -> None:
+        self.value = value
+        self.version = version
+        self.regions = regions
+
+    @property
+    def without_graph(self) -> bool:
+        return any(region.reentrant for region in self.regions)
 
 
 class ForwardPass:
-    """What the layers of one chain handed on in one forward pass, by position."""
+    """What the layers of one chain handed on in one forward pass, by position, until the last taker has run."""
+
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self.ledger = Ledger() if ledger is None else ledger
+        self.given: dict[int, Given] = {}
+        self.last = -1  # the position that ran last
+
+
+class Scope:
+    """One call of a module that holds whole chains."""
+
+    def __init__(self, doorway: Doorway) -> None:
+        self.doorway = doorway
+        self.passes: dict[int, ForwardPass] = {}  # the running one of each chain
+        self.sums = SharedSum()
+        self.around: Surroundings | None = None
+        self.nest = NO_REGION
+        self.inner: tuple[Surroundings, Nest] | None = None  # the region last seen within this call
+
+    def close(self) -> None:
+        self.sums.forget()
+        for forward_pass in self.passes.values():
+            forward_pass.given.clear()
+
+
+class _Running(threading.local):
+    """The open scopes of a thread, innermost last."""
 
     def __init__(self) -> None:
-        # Private in torch (read in 2.13, where torch's own graph tracing uses it).
-        self.started = 0 if torch.compiler.is_compiling() else torch.autograd._get_sequence_nr()
-        self.values: dict[int, torch.Tensor] = {}  # with their graph, until the last layer that takes them has run
-        self.kept: dict[int, torch.Tensor] = {}  # detached, for recomputations
-        self.without_graph: set[int] = set()  # positions that gave inside a re-entrant region
-        self.deposits: dict[int, torch.Tensor] = {}  # gradients on their way to such a region
-        self.last = 0  # the position that ran last
+        self.scopes: list[Scope] = []
 
 
-class _Give(torch.autograd.Function):
-    """Identity that keeps the pass alive with the graph; its backward adds what later layers have deposited.
+_running = _Running()
 
-    `anchor` is an empty tensor that requires a gradient, so that there is a node even where `value` requires none.
+
+class Doorway:
+    """Opens a scope when the module is called on which its hooks stand. Copies of the module have their own."""
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        scope = Scope(self)
+        scopes = _running.scopes
+        if not torch.compiler.is_compiling():
+            self._drop_interrupted(module)
+            outer = scopes[-1] if scopes else None
+            scope.around = Surroundings.now()
+            scope.nest = _nest_in(outer, scope.around)
+        scopes.append(scope)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        scopes = _running.scopes
+        if any(scope.doorway is self for scope in scopes):
+            while True:
+                scope = scopes.pop()
+                scope.close()
+                if scope.doorway is self:
+                    break
+
+    def _drop_interrupted(self, module: nn.Module) -> None:
+        """Drop scopes that an interrupt has left open (hooks run after an `Exception`, but not after others)."""
+        scopes = _running.scopes
+        first = next((i for i, scope in enumerate(scopes) if scope.doorway is self), None)
+        if first is not None and not _is_running(module):
+            for scope in scopes[first:]:
+                scope.close()
+            del scopes[first:]
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether a call of `module` is under way around the one that has just begun."""
+    calls = 0
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls > 1
+
+
+def doorway_of(module: nn.Module) -> Doorway | None:
+    """The doorway on a module, if it has one."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Doorway)), None)
+
+
+def add_doorway(module: nn.Module) -> Doorway:
+    """The doorway on a module; made if there is none."""
+    if (doorway := doorway_of(module)) is None:
+        doorway = Doorway()
+        module.register_forward_pre_hook(doorway.enter)
+        module.register_forward_hook(doorway.leave, always_call=True)
+    return doorway
+
+
+def remove_doorways(model: nn.Module) -> None:
+    """Take all doorways off a model from which the adapters are gone."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Doorway)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+@dataclass
+class Handed:
+    """What a layer gets from the relay.
+
+    Args:
+        own: its own tensor, as it has to use it itself.
+        earlier: what it takes, nearest first; None for a factor that was not handed.
+        recomputed: whether this is a recomputation, which counts for no statistics.
+        sums: what layers of one forward or recomputation share.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, value: torch.Tensor, forward_pass: ForwardPass, position: int
-    ) -> torch.Tensor:
-        ctx.forward_pass, ctx.position = forward_pass, position
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        deposit = ctx.forward_pass.deposits.pop(ctx.position, None)
-        return None, grad if deposit is None else grad + deposit, None, None
-
-
-class _Take(torch.autograd.Function):
-    """The value handed on, without its graph; its backward deposits the gradient with the layer that gave it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, value: torch.Tensor, forward_pass: ForwardPass, position: int
-    ) -> torch.Tensor:
-        ctx.forward_pass, ctx.position = forward_pass, position
-        return value.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
-        deposits, position = ctx.forward_pass.deposits, ctx.position
-        deposits[position] = deposits[position] + grad if position in deposits else grad
-        return None, None, None, None
+    own: torch.Tensor
+    earlier: list[Any]
+    recomputed: bool
+    sums: SharedSum
 
 
 class Relay:
     """Hands one tensor per layer to the `pre_num` layers after it.
 
     With `pre_num` -1 each layer hands on the sum of its own tensor and all earlier ones, so that the work per layer
-    does not grow with depth. Holds no tensor once the last layer of the chain has run; copies and pickles are empty.
+    does not grow with depth. Holds no tensor itself.
 
-    `hands_factors`: the tensors are not computed in the forward pass but are copies of parameters, which are not
-    summed, and which a layer may also have from elsewhere if an earlier layer hands it none.
+    `shortcut` 'block' hands no tensors of the forward pass but copies of parameters, which are not summed, and which a
+    layer may also have from elsewhere if an earlier layer hands it none.
     """
 
-    def __init__(self, names: Sequence[str], pre_num: int, hands_factors: bool = False) -> None:
+    def __init__(
+        self, names: Sequence[str], shortcut: str, pre_num: int, adapter_name: str, doorways: Sequence[Doorway] = ()
+    ) -> None:
         self.names = list(names)
-        self.hands_factors = hands_factors
-        self.accumulates = pre_num == -1 and not hands_factors
+        self.shortcut = shortcut
+        self.adapter_name = adapter_name
+        self.doorways = list(doorways)
+        self.key = next(_keys)
+        self.hands_factors = shortcut == "block"
+        self.accumulates = pre_num == -1 and not self.hands_factors
         self.pre_num = 1 if self.accumulates else reach(len(names), pre_num)
-        self._forget()
 
-    def _forget(self) -> None:
-        self._current: dict[int, ForwardPass] = {}  # by thread, so that threads do not mix their passes
-        self._kept: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
+    def crosses_graphs(self) -> bool:
+        """Whether the running layer's neighbours may have graphs of their own, as in re-entrant checkpointing."""
+        return not torch.compiler.is_compiling() and _nest_in(self._scope()).reentrant
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def crosses_graphs(self, training: bool) -> bool:
-        """Whether the running layer's neighbours may have graphs of their own: in re-entrant checkpointing, and in the
-        recomputation of what was handed on."""
-        return self._recomputed_pass() is not None or isinstance(_enclosing_checkpoint(training), BackwardCFunction)
-
-    def pass_on(self, position: int, value: torch.Tensor, training: bool) -> tuple[torch.Tensor, list[Any], bool]:
+    def pass_on(self, position: int, value: torch.Tensor) -> Handed:
         """Take what earlier layers handed to the one at `position`, and hand `value` to the later ones.
 
-        Returns:
-            `value` as this layer itself has to use it, what it takes (nearest first; None for a factor that was not
-            handed), and whether this is a recomputation, which counts for no statistics.
-
         Raises:
-            RuntimeError: if an earlier layer has not run in this forward pass, or if a region that is checkpointed
-                re-entrantly takes from a layer outside of such a region.
+            RuntimeError: if an earlier layer has not run in this forward pass, if what it handed on has been changed
+                in place since, or if a region that is checkpointed re-entrantly takes from a layer outside of it.
+            ValueError: if the tensors that are to be added have different shapes.
         """
-        if (recomputed := self._recomputed_pass()) is not None:
-            return *self._recompute(position, value, *recomputed), True
-        checkpoint = _enclosing_checkpoint(training)
-        forward_pass = self._running_pass(position)
-        previous: list[Any] = [self._take(forward_pass, k, position, checkpoint) for k in self._givers(position)]
+        scope = self._scope()
+        nest = NO_REGION if torch.compiler.is_compiling() else _nest_in(scope)
+        replay = nest.replay
+        first = None if replay is None else self._first_time(replay, position)
+        if replay is not None and first is not None:
+            forward_pass, sums = self._local_pass(replay, first), replay.sums
+            earlier, kept = self._take_again(replay, first, forward_pass, position, value, nest)
+        else:
+            forward_pass, sums = self._running_pass(scope, position), SharedSum() if scope is None else scope.sums
+            earlier, kept = self._take_from(forward_pass, position, value, nest)
         if self.accumulates:
-            value, previous = sum(previous, value), []
-        if checkpoint is not None:
-            value = self._keep(forward_pass, position, value, checkpoint)
-        self._hand_on(forward_pass, position, value)
-        return value, previous, False
+            value, earlier = sum(earlier, value), []
+        if replay is not None and first is not None and replay.reentrant and torch.is_grad_enabled():
+            value = give(value, first.ledger, position, replay.task)
+        regions = {
+            region: region.record(self.key, position, forward_pass.ledger, kept.get(region, []))
+            for region in nest.recording
+        }
+        if first is None or first.takers:
+            self._hand_on(forward_pass, position, value, regions)
+        return Handed(value, earlier, first is not None, sums)
+
+    def _scope(self) -> Scope | None:
+        """The innermost running call of a module that holds the chain."""
+        for scope in reversed(_running.scopes):
+            for doorway in self.doorways:
+                if scope.doorway is doorway:
+                    return scope
+        return None
 
     def _givers(self, position: int) -> range:
         return range(position - 1, position - 1 - reach(position, self.pre_num), -1)
 
-    def _running_pass(self, position: int) -> ForwardPass:
-        thread = _thread()
-        running = self._current.get(thread)
-        # Where factors are handed, layers may be left out, so that no layer is sure to be the first.
-        if position == 0 or (self.hands_factors and (running is None or position <= running.last)):
-            if running is not None:
-                running.values.clear()
-            self._current[thread] = ForwardPass()
-        elif running is None:
-            raise RuntimeError(self._out_of_order(position, position - 1))
-        self._current[thread].last = position
-        return self._current[thread] if position < len(self.names) - 1 else self._current.pop(thread)
+    def _running_pass(self, scope: Scope | None, position: int) -> ForwardPass:
+        forward_pass = None if scope is None else scope.passes.get(self.key)
+        if self.hands_factors:  # layers may be left out, so that no layer is sure to be the first
+            fresh = forward_pass is None or position <= forward_pass.last
+        else:
+            fresh = position == 0
+            if position > 0 and (forward_pass is None or forward_pass.last != position - 1):
+                raise RuntimeError(self._out_of_order(scope, forward_pass, position))
+            if fresh and forward_pass is not None and forward_pass.last < len(self.names) - 1:
+                raise RuntimeError(self._restarted(forward_pass))
+        if fresh or forward_pass is None:
+            forward_pass = ForwardPass()
+            if scope is not None:
+                scope.passes[self.key] = forward_pass
+        forward_pass.last = position
+        return forward_pass
 
-    def _take(
-        self, forward_pass: ForwardPass, giver: int, taker: int, checkpoint: BackwardCFunction | bool | None
+    def _take_from(
+        self, forward_pass: ForwardPass, position: int, carrier: torch.Tensor, nest: Nest
+    ) -> tuple[list[Any], dict[Region, list[Kept | None]]]:
+        """What a layer that runs for the first time takes, and what its regions keep of it."""
+        earlier: list[Any] = []
+        kept: dict[Region, list[Kept | None]] = {region: [] for region in nest.recording}
+        for giver in self._givers(position):
+            given = forward_pass.given.get(giver)
+            value = None if given is None else self._usable(given, forward_pass, giver, position, carrier, nest)
+            earlier.append(value)
+            for region, values in kept.items():
+                values.append(None if given is None or value is None else _seen_from(region, given))
+        return earlier, kept
+
+    def _usable(
+        self,
+        given: Given,
+        forward_pass: ForwardPass,
+        giver: int,
+        taker: int,
+        carrier: torch.Tensor,
+        nest: Nest,
     ) -> torch.Tensor | None:
-        if giver not in forward_pass.values:
+        """What the taker uses of what was given: the tensor, or where no edge can cross, a copy without a graph."""
+        value = given.value
+        self._check(value, given.version, carrier, giver, taker)
+        if given.without_graph and torch.is_grad_enabled():
+            task = None if nest.replay is None else nest.replay.task
+            return take(value, carrier, forward_pass.ledger, giver, taker, task)
+        crossed = any(region.reentrant and region not in given.regions for region in nest.recording)
+        if crossed and not given.without_graph and value.requires_grad:
             if self.hands_factors:
-                return None
-            raise RuntimeError(self._out_of_order(taker, giver))
-        value = forward_pass.values[giver]
-        crossed = isinstance(checkpoint, BackwardCFunction) and giver not in forward_pass.without_graph
-        if crossed and value.requires_grad:
+                return None  # they are read where they are
             raise RuntimeError(
                 f"Layer {self.names[taker]!r} is checkpointed with use_reentrant=True, but layer "
                 f"{self.names[giver]!r}, from which it takes, is not: that layer's gradient would be lost. Checkpoint "
                 "with use_reentrant=False, or checkpoint all blocks."
             )
-        if checkpoint is not None:
-            forward_pass.kept[giver] = value.detach().requires_grad_(value.requires_grad)
-        if giver in forward_pass.without_graph and torch.is_grad_enabled():
-            return _Take.apply(_anchor(value), value, forward_pass, giver)
         return value
 
-    def _keep(
-        self, forward_pass: ForwardPass, position: int, value: torch.Tensor, checkpoint: BackwardCFunction | bool
-    ) -> torch.Tensor:
-        """Let the graph of the checkpointed region hold the pass, so that a recomputation finds it."""
-        self._kept.add(forward_pass)
-        if isinstance(checkpoint, BackwardCFunction):
-            checkpoint.__dict__.setdefault(_PASSES, {})[self] = forward_pass
-            forward_pass.without_graph.add(position)
-            return value
-        return _Give.apply(_anchor(value), value, forward_pass, position)
+    def _first_time(self, replay: Replay, position: int) -> Taken:
+        first = replay.next(self.key, position)
+        if first is None:
+            raise RuntimeError(
+                f"Layer {self.names[position]!r} runs in the recomputation of a checkpointed region, but it did not "
+                "at this place the first time, so that what it took then is not known. Where the region is compiled "
+                "by itself, compile the whole model instead, or use shortcut='block'; else let the region run the "
+                "same layers in the same order."
+            )
+        return first
 
-    def _hand_on(self, forward_pass: ForwardPass, position: int, value: torch.Tensor) -> None:
+    def _local_pass(self, replay: Replay, first: Taken) -> ForwardPass:
+        return replay.local.setdefault((self.key, first.ordinal), ForwardPass(first.ledger))
+
+    def _take_again(
+        self,
+        replay: Replay,
+        first: Taken,
+        forward_pass: ForwardPass,
+        position: int,
+        carrier: torch.Tensor,
+        nest: Nest,
+    ) -> tuple[list[Any], dict[Region, list[Kept | None]]]:
+        """What a recomputed layer takes: what it took the first time."""
+        earlier: list[Any] = []
+        kept: dict[Region, list[Kept | None]] = {region: [] for region in nest.recording}
+        for giver, before in zip(self._givers(position), first.values, strict=True):
+            value: torch.Tensor | None = None
+            seen: dict[Region, Kept | None] = dict.fromkeys(kept)
+            if before is not None and before.tensor is not None:
+                value = before.tensor
+                self._check(value, before.version, carrier, giver, position)
+                seen = {region: region.keep(before.tensor) for region in kept}
+                if replay.reentrant:
+                    value = take(value, carrier, first.ledger, giver, position, replay.task)
+            elif before is not None:  # given inside the region, so again now
+                given = forward_pass.given[giver]
+                value = self._usable(given, forward_pass, giver, position, carrier, nest)
+                seen = {region: _seen_from(region, given) for region in kept}
+            earlier.append(value)
+            for region, values in kept.items():
+                values.append(seen[region])
+        return earlier, kept
+
+    def _hand_on(
+        self, forward_pass: ForwardPass, position: int, value: torch.Tensor, regions: dict[Region, Taken]
+    ) -> None:
         if position == len(self.names) - 1:
-            forward_pass.values.clear()
-        else:
-            forward_pass.values[position] = value
-            forward_pass.values.pop(position - self.pre_num, None)
+            forward_pass.given.clear()
+            return
+        if self.shortcut == "input" and not torch.compiler.is_compiling() and value.is_inference():
+            value = value.clone()  # nobody would notice if it were changed in place
+        forward_pass.given[position] = Given(value, version_of(value), regions)
+        forward_pass.given.pop(position - self.pre_num, None)
 
-    def _recomputed_pass(self) -> tuple[ForwardPass, bool] | None:
-        """The pass that is recomputed in the current backward, and whether re-entrantly; None in a forward pass."""
-        # Private in torch (read in 2.13): torch.utils.checkpoint uses the first, torch.autograd.graph the second.
-        if torch.compiler.is_compiling() or not self._kept or torch._C._current_graph_task_id() == -1:
-            return None
-        node: Any = torch._C._current_autograd_node()
-        region: dict[Relay, ForwardPass] = getattr(node, _PASSES, {})
-        if self in region:
-            return region[self], True
-        started = [kept for kept in self._kept if node is None or kept.started <= node._sequence_nr()]
-        return (max(started, key=lambda kept: kept.started), False) if started else None
+    def _check(self, value: torch.Tensor, version: int, carrier: torch.Tensor, giver: int, taker: int) -> None:
+        if version_of(value) != version:
+            raise RuntimeError(
+                f"What layer {self.names[giver]!r} handed on to layer {self.names[taker]!r} was changed in place in "
+                f"between, so that the {self.shortcut!r} shortcut of adapter {self.adapter_name!r} would add another "
+                "tensor than that layer saw. Change a copy instead (x = x + y, not x += y), or use shortcut='block'."
+            )
+        if not self.hands_factors and value.shape != carrier.shape:
+            raise ValueError(
+                f"shortcut={self.shortcut!r} adds what layers {self.names[giver]!r} and {self.names[taker]!r} "
+                f"compute from their inputs, but the shapes are {tuple(value.shape)} and {tuple(carrier.shape)}. End "
+                "the chain between the two with chain_pattern or exclude_modules, or use shortcut='block', which "
+                "needs no equal inputs."
+            )
 
-    def _recompute(
-        self, position: int, value: torch.Tensor, forward_pass: ForwardPass, reentrant: bool
-    ) -> tuple[torch.Tensor, list[Any]]:
-        previous: list[Any] = [forward_pass.kept.get(k) for k in self._givers(position)]
-        if reentrant:
-            previous = [
-                None if kept is None else _Take.apply(_anchor(kept), kept, forward_pass, k)
-                for kept, k in zip(previous, self._givers(position), strict=True)
-            ]
-        if self.accumulates:
-            value, previous = sum(previous, value), []
-        return _Give.apply(_anchor(value), value, forward_pass, position), previous
-
-    def _out_of_order(self, position: int, missing: int) -> str:
+    def _out_of_order(self, scope: Scope | None, forward_pass: ForwardPass | None, position: int) -> str:
+        name, before = self.names[position], self.names[position - 1]
+        needs = f"the {self.shortcut!r} shortcut of adapter {self.adapter_name!r} needs what that layer hands on"
+        if scope is None:
+            return (
+                f"Layer {name!r} ran before its predecessor {before!r}, or outside of a call of a module that holds "
+                f"both: {needs} in the same forward pass. Call the model, or the part of it that holds the whole "
+                "chain, or use shortcut='block'. Part of a model, such as a pipeline stage, can only have the latter."
+            )
+        if forward_pass is not None and forward_pass.last >= position:
+            return (
+                f"Layer {name!r} ran again in one forward pass, after {self.names[forward_pass.last]!r}: {needs}, and "
+                "cannot tell whose it is when a layer runs twice (as DeBERTa's query and key do, for positions). "
+                "Leave such layers out with exclude_modules, or use shortcut='block', which needs no order."
+            )
         return (
-            f"Layer {self.names[position]!r} ran before its predecessor {self.names[missing]!r}: the shortcut needs "
-            "what that layer hands on in the same forward pass. Do not skip, reorder or repeat blocks, or end the "
-            "chain between them with chain_pattern; shortcut='block' needs no order."
+            f"Layer {name!r} ran before its predecessor {before!r}: {needs} in the same forward pass. Do not skip, "
+            "reorder or repeat blocks (layerdrop=0 in the model's config), or end the chain between them with "
+            "chain_pattern; shortcut='block' needs no order."
+        )
+
+    def _restarted(self, forward_pass: ForwardPass) -> str:
+        return (
+            f"Layer {self.names[0]!r} ran again in one call of the model, before layer "
+            f"{self.names[forward_pass.last + 1]!r} had its turn: the {self.shortcut!r} shortcut of adapter "
+            f"{self.adapter_name!r} cannot tell the two passes apart. Run one after the other, or use "
+            "shortcut='block', which needs no order."
         )
 
 
-def _enclosing_checkpoint(training: bool) -> BackwardCFunction | bool | None:
-    """The checkpoint around the running code: a re-entrant one's node, True for a non-re-entrant one, else None."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch.is_grad_enabled():
-        # Set by non-re-entrant checkpointing (and by saved-tensor offloading, where keeping does no harm).
-        return True if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None else None
-    return _enclosing_function() if training else None
+def _seen_from(region: Region, given: Given) -> Kept:
+    """What a region keeps of what one of its layers takes: nothing where another of its layers has given it."""
+    if (giver := given.regions.get(region)) is not None:
+        giver.takers += 1
+        return INSIDE
+    return region.keep(given.value)
 
 
-def _enclosing_function() -> BackwardCFunction | None:
-    """The node of the nearest autograd Function whose `forward(ctx, ...)` is running.
-
-    Re-entrant checkpointing, of torch and of others, is such a Function; nothing else tells its forward from a
-    forward without gradients, whose values nobody will ask for again.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("ctx",):
-            ctx = frame.f_locals.get("ctx")
-            if isinstance(ctx, BackwardCFunction):
-                return ctx
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _thread() -> int:
-    """The running thread; in compiled code the one that compiled, so that compiled and eager layers meet."""
-    return threading.get_ident()
-
-
-def _anchor(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, device=value.device, requires_grad=True)
+def _nest_in(scope: Scope | None, around: Surroundings | None = None) -> Nest:
+    """The regions around the running code, of which `scope` may know them already."""
+    around = Surroundings.now() if around is None else around
+    if around.plain:
+        return NO_REGION
+    if scope is not None and scope.around == around:
+        return scope.nest
+    if scope is not None and scope.inner is not None and scope.inner[0] == around:
+        return scope.inner[1]
+    nest = enclosing_regions(around)
+    if scope is not None and around.tells_the_region:
+        scope.inner = around, nest
+    return nest

@@ -49,17 +49,17 @@ def annealed_hidden(
     return torch.lerp(hidden, projection + F.linear(x, estimate.to(x.dtype)), share.to(hidden.dtype))
 
 
-class _SharedSum:
+class SharedSum:
     """x + previous, computed once for all layers that share both, such as query, key and value.
 
-    Holds the last sum until `forget`, which the layer that ends a forward or a backward pass calls.
+    One for each forward or recomputation; holds the last sum until `forget`.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Any, ...] | None = None
 
     def __call__(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or x.is_inference():  # compilers share by themselves
+        if x.is_inference():  # such tensors do not count their changes
             return x + previous
         last, state = self._last, (x._version, previous._version, torch.is_grad_enabled())
         if last is not None and last[0]() is x and last[1]() is previous and last[2] == state:
@@ -72,9 +72,6 @@ class _SharedSum:
         self._last = None
 
 
-shared_sum = _SharedSum()
-
-
 class ProjectedSum(torch.autograd.Function):
     """A `total`, where total = x + previous, saving x and previous in its place.
 
@@ -83,24 +80,36 @@ class ProjectedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, total: torch.Tensor, x: torch.Tensor, previous: torch.Tensor, factor_a: torch.Tensor
+        ctx: Any,
+        total: torch.Tensor,
+        x: torch.Tensor,
+        previous: torch.Tensor,
+        factor_a: torch.Tensor,
+        sums: SharedSum,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, previous, factor_a)
         ctx.first_in_chain = previous is x
+        ctx.sums = sums
         return F.linear(total, factor_a)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
         x, previous, factor_a = ctx.saved_tensors
         grad_total = grad_a = None
         if ctx.needs_input_grad[0]:
             grad_total = (grad @ factor_a.to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[3]:
-            total = shared_sum(x, previous).to(grad.dtype)
-            grad_a = (grad.flatten(0, -2).t() @ total.flatten(0, -2)).to(factor_a.dtype)
+            # With a graph of the backward, the sum would hold what holds it.
+            total = (x + previous if torch.is_grad_enabled() else ctx.sums(x, previous)).to(grad.dtype)
+            grad_a = (_rows(grad).t() @ _rows(total)).to(factor_a.dtype)
         if ctx.first_in_chain:
-            shared_sum.forget()
-        return grad_total, None, None, grad_a
+            ctx.sums.forget()
+        return grad_total, None, None, grad_a, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`(..., n)` as `(rows, n)`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -113,5 +122,4 @@ def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tenso
     """
     if result.dtype != hidden.dtype:
         return result + F.linear(hidden, factor_b) * scaling
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return torch.addmm(result.reshape(-1, result.shape[-1]), rows, factor_b.t(), alpha=scaling).view(result.shape)
+    return torch.addmm(_rows(result), _rows(hidden), factor_b.t(), alpha=scaling).view(result.shape)

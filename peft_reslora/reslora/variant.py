@@ -5,19 +5,22 @@ PEFT's `LoraVariant` (private, read in 0.21.0 to 0.21.2) is asked for the forwar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peft_reslora.reslora.chain import reach
 from peft_reslora.reslora.merge import Block, check_finite, merged_factors, shortcut_coefficients
-from peft_reslora.reslora.relay import Relay
+from peft_reslora.reslora.relay import Doorway, Relay
 from peft_reslora.reslora.shortcuts import (
     ProjectedSum,
     add_update,
@@ -25,7 +28,6 @@ from peft_reslora.reslora.shortcuts import (
     block_hidden,
     input_hidden,
     middle_hidden,
-    shared_sum,
 )
 
 if TYPE_CHECKING:
@@ -36,20 +38,61 @@ if TYPE_CHECKING:
 class Chain:
     """The layers of one chain of one adapter, in order.
 
-    The layers are held in a plain list, not registered: each stays where it is in the model, and copying or pickling
-    the model copies the chain with it.
+    The layers are referred to weakly: each stays where it is in the model, and a model, or a part of it, is freed,
+    copied and pickled without the others. The layers of a copy enter themselves into the copy of the chain.
     """
 
     def __init__(
-        self, names: Sequence[str], layers: Sequence[ResLoRALayer], adapter_name: str, config: ResLoRAConfig
+        self,
+        names: Sequence[str],
+        layers: Sequence[ResLoRALayer],
+        adapter_name: str,
+        config: ResLoRAConfig,
+        doorways: Sequence[Doorway] = (),
     ) -> None:
         self.names = list(names)
-        self.layers = list(layers)
         self.adapter_name = adapter_name
         self.config = config
-        self.relay = Relay(names, config.pre_num, hands_factors=config.shortcut == "block")
+        self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
         self.planned: list[list[float]] | None = None
+        self._members: list[Any] = [weakref.ref(layer) for layer in layers]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def layers(self) -> list[ResLoRALayer]:
+        """All layers.
+
+        Raises:
+            RuntimeError: if the model holds a part of them only.
+        """
+        return [self.layer(position) for position in range(len(self))]
+
+    def layer(self, position: int) -> ResLoRALayer:
+        """The layer at `position`.
+
+        Raises:
+            RuntimeError: if it is not in the model.
+        """
+        member = self._members[position]
+        layer = None if member is None else member()
+        if layer is None:
+            raise RuntimeError(
+                f"Layer {self.names[position]!r}, which is in one chain of adapter {self.adapter_name!r} with "
+                f"{self.names[0 if position else -1]!r}, is not in this model: it was taken out, or this is a copy of "
+                "a part of the model, such as a pipeline stage. Use the whole model; or adapt the parts one by one, "
+                "so that no chain goes from one to another."
+            )
+        return layer
+
+    def enter(self, position: int, layer: ResLoRALayer) -> None:
+        """Give a copied layer its place in the copy of the chain."""
+        self._members[position] = weakref.ref(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": [None] * len(self)}
 
     def blocks(self) -> list[Block]:
         name = self.adapter_name
@@ -115,27 +158,22 @@ class ResLoRAVariant(LoraVariant):
             )
 
     def _input(self, module: ResLoRALayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        own, earlier, recomputed = self.chain.relay.pass_on(self.position, x, module.training)
-        if not recomputed:
+        handed = self.chain.relay.pass_on(self.position, x)
+        if not handed.recomputed:
             module.record_norm(adapter, x)
-        previous = earlier[0].to(x.device) if earlier else own  # x_{-1} := x_0
-        self._check_shape(x, previous, "input")
+        own = handed.own
+        previous = handed.earlier[0].to(x.device) if handed.earlier else own  # x_{-1} := x_0
         dropout, lora_a = module.lora_dropout[adapter], module.lora_A[adapter]
-        if torch.compiler.is_compiling() or not (is_plain(lora_a) and is_inactive(dropout)):
+        if torch.compiler.is_compiling() or is_transformed() or not (is_plain(lora_a) and is_inactive(dropout)):
             return input_hidden(own, previous, dropout, lora_a)
-        hidden = ProjectedSum.apply(shared_sum(own, previous), own, previous, lora_a.weight)
-        if self.position == len(self.chain.layers) - 1:
-            shared_sum.forget()
-        return hidden
+        return ProjectedSum.apply(handed.sums(own, previous), own, previous, lora_a.weight, handed.sums)
 
     def _middle(self, module: ResLoRALayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
         projection = module.lora_A[adapter](module.lora_dropout[adapter](x))
-        own, earlier, recomputed = self.chain.relay.pass_on(self.position, projection, module.training)
-        if not recomputed:
+        handed = self.chain.relay.pass_on(self.position, projection)
+        if not handed.recomputed:
             module.record_norm(adapter, projection)
-        for previous in earlier:
-            self._check_shape(own, previous, "middle")
-        return middle_hidden(own, [previous.to(x.device) for previous in earlier])
+        return middle_hidden(handed.own, [previous.to(x.device) for previous in handed.earlier])
 
     def _annealed(self, module: ResLoRALayer, adapter: str, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         dropped = module.lora_dropout[adapter](x)
@@ -145,17 +183,17 @@ class ResLoRAVariant(LoraVariant):
         )
 
     def _block(self, module: ResLoRALayer, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        layers = [self.chain.layers[k] for k in self._span()]
+        layers = [self.chain.layer(k) for k in self._span()]
         scalings = [layer.scaling[adapter] for layer in layers]
         dropout = module.lora_dropout[adapter]
-        handing = self._hands_factors(module.training)
+        handing = self._hands_factors()
         if not handing and any(has_hooks(part[adapter]) for layer in layers for part in (layer.lora_A, layer.lora_B)):
             dropped = dropout(x)  # the hooks load the factors, wherever they are called
             for layer, scaling in zip(layers, scalings, strict=True):
                 update = layer.lora_B[adapter](layer.lora_A[adapter](dropped).to(dropped.device)).to(result.device)
                 result = result + update * scaling
             return result
-        pairs = self._handed_factors(module.training) if handing else [self._read(k) for k in self._span()]
+        pairs = self._handed_factors() if handing else [self._read(k) for k in self._span()]
         factors = [[factor.to(x.device) for factor in pair] for pair in pairs]
         hidden = block_hidden(x, [A for A, _ in factors], dropout)
         common = scalings[0] if len(set(scalings)) == 1 else 1.0
@@ -166,30 +204,28 @@ class ResLoRAVariant(LoraVariant):
         """This layer's position and those of the earlier layers that feed it, nearest first."""
         return range(self.position, self.position - 1 - reach(self.position, self.chain.config.pre_num), -1)
 
-    def _hands_factors(self, training: bool) -> bool:
+    def _hands_factors(self) -> bool:
         """Whether the layers hand each other copies of their factors; in general they are read where they are.
 
         Under FSDP2 a layer's factors are only whole in its own forward. In re-entrant checkpointing a parameter would
-        be given a part of its gradient by each region that reads it, while DDP and ZeRO wait for the first only.
+        be given a part of its gradient by each region that reads it, while DDP, ZeRO and hooks wait for the first
+        only, and a region that asks for the gradients of its own parameters would lose the others'.
         """
-        if not dist.is_initialized():
-            return False
         chain = self.chain
-        last_taker = min(self.position + chain.relay.pre_num, len(chain.layers) - 1)
+        last_taker = min(self.position + chain.relay.pre_num, len(chain) - 1)
         neighbours = (*self._span()[1:], *range(self.position + 1, last_taker + 1))
-        return any(map(self._is_sharded, neighbours)) or chain.relay.crosses_graphs(training)
+        return any(map(self._is_sharded, neighbours)) or (bool(neighbours) and chain.relay.crosses_graphs())
 
-    def _handed_factors(self, training: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _handed_factors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A and B of the layers in `_span`, as those layers hand them on in this forward pass."""
         linears, name, span = self._linears(self.position), self.chain.names[self.position], self._span()
         own = [weight_by_call(linear) if has_hooks(linear) else readable(linear, name) for linear in linears]
-        flat = torch.cat([factor.flatten() for factor in own])
-        value, earlier, _ = self.chain.relay.pass_on(self.position, flat, training)
-        handed = dict(zip(span, (value, *earlier), strict=True))
-        return [self._read(k) if value is None else self._unflatten(k, value) for k, value in handed.items()]
+        handed = self.chain.relay.pass_on(self.position, torch.cat([factor.flatten() for factor in own]))
+        values = dict(zip(span, (handed.own, *handed.earlier), strict=True))
+        return [self._read(k) if value is None else self._unflatten(k, value) for k, value in values.items()]
 
     def _linears(self, position: int) -> tuple[nn.Linear, nn.Linear]:
-        layer, name = self.chain.layers[position], self.chain.adapter_name
+        layer, name = self.chain.layer(position), self.chain.adapter_name
         return layer.lora_A[name], layer.lora_B[name]
 
     def _is_sharded(self, position: int) -> bool:
@@ -205,16 +241,6 @@ class ResLoRAVariant(LoraVariant):
         r = lora_a.out_features
         A, B = flat.split((r * lora_a.in_features, r * lora_b.out_features))
         return A.view(r, lora_a.in_features), B.view(lora_b.out_features, r)
-
-    def _check_shape(self, own: torch.Tensor, previous: torch.Tensor, shortcut: str) -> None:
-        if own.shape != previous.shape:
-            names = self.chain.names
-            raise ValueError(
-                f"shortcut={shortcut!r} adds what layers {names[self.position - 1]!r} and {names[self.position]!r} "
-                f"compute from their inputs, but the shapes are {tuple(previous.shape)} and {tuple(own.shape)}. End "
-                "the chain between the two with chain_pattern or exclude_modules, or use shortcut='block', which "
-                "needs no equal inputs."
-            )
 
     # PEFT calls these three; `orig_weight` is the weight that is to be changed, in its own orientation.
 
@@ -264,6 +290,25 @@ def has_hooks(linear: nn.Module) -> bool:
         or bool(linear._forward_hooks or linear._forward_pre_hooks)
         or "forward" in linear.__dict__
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active, which see no custom Function.
+
+    Private in torch (read in 2.13).
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """Around operations that a recomputation does not repeat: selective checkpointing counts those that it sees, and
+    would take one for another.
+
+    Private in torch (read in 2.13).
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    return _disable_current_modes()
 
 
 def is_inactive(dropout: nn.Module) -> bool:
