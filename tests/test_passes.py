@@ -18,6 +18,8 @@ import torch
 from oracle import randomize_adapters, relative_error
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed._composable.checkpoint_activation import checkpoint as composable_checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from peft_reslora import ResLoRAConfig
@@ -39,6 +41,11 @@ def plain(function: Callable[..., Any], *args: Any) -> Any:
 
 def by_torch(use_reentrant: bool) -> Around:
     return lambda function, *args: checkpoint(function, *args, use_reentrant=use_reentrant)
+
+
+def by_a_wrapper(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As FSDP's activation checkpointing wraps modules."""
+    return checkpoint_wrapper(layer)(x)
 
 
 class Block(nn.Module):
@@ -117,6 +124,7 @@ def backwards(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor
     return gradients(model)
 
 
+@pytest.mark.support("nn.DataParallel: forwards in threads, with checkpointing")
 @every_variant
 @both_modes
 def test_threads_do_not_meet(shortcut, pre_num, use_reentrant):
@@ -211,6 +219,18 @@ def test_checkpointing_by_autograd_grad_loses_nothing(shortcut, pre_num):
         return GuidedCheckpoint.apply(layer, 1, x, *parameters)
 
     assert_same(backwards(checkpointed(model, around), data()), backwards(model, data()))
+
+
+@every_variant
+def test_other_ways_to_checkpoint(shortcut, pre_num):
+    """The composable one has hooks on its modules, and no code of its own on the stack."""
+    model = encoder(shortcut, pre_num)
+    expected = backwards(copy.deepcopy(model), data(), data(seed=2))
+    assert_same(backwards(checkpointed(model, by_a_wrapper), data(), data(seed=2)), expected)
+    twin = copy.deepcopy(model)
+    for layer in twin.base_model.model.layers:
+        composable_checkpoint(layer)
+    assert_same(backwards(twin, data(), data(seed=2)), expected)
 
 
 @every_taking
@@ -541,6 +561,7 @@ def test_one_block_is_saved_alone(shortcut, pre_num):
     assert sizes[8] < 1.5 * sizes[2]
 
 
+@pytest.mark.support("a part of a model, such as a pipeline stage", verdict="refused")
 @every_variant
 def test_a_part_of_a_model_is_refused(shortcut, pre_num):
     """A pipeline stage that was copied: its first block would need what the one before it has."""
@@ -727,3 +748,33 @@ def test_no_more_is_held_than_by_lora():
         assert part() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("around", ["plain", "checkpointed"])
+def test_a_deep_chain_that_takes_from_all_sums_whole_updates(dropout, around, monkeypatch):
+    """Where that is cheaper than the factors side by side; unequal shapes, scalings and ranks."""
+    from peft_reslora.reslora import variant
+
+    torch.manual_seed(0)
+    patterns = {"rank_pattern": {r"layers\.2\.up": 3}, "alpha_pattern": {r"layers\.1\.down": 5}}
+    model = adapted(Encoder(6), "block", -1, lora_dropout=dropout, **patterns)
+    if around == "checkpointed":
+        model = checkpointed(model, by_torch(use_reentrant=False))
+    twin = copy.deepcopy(model)
+    results = []
+    for candidate, cheaper in ((model, True), (twin, False)):
+        asked = []
+        monkeypatch.setattr(variant, "whole_update_is_cheaper", lambda *sizes, c=cheaper: asked.append(sizes) or c)
+        torch.manual_seed(3)
+        results.append(backwards(candidate, data(), data(seed=2)))
+        assert (3, 2, 13, 5, 7) in asked
+    assert_same(results[0], results[1])
+
+
+@pytest.mark.parametrize(("rows", "ranks", "expected"), [(256, 100, False), (256, 1600, True), (1, 800, False)])
+def test_when_whole_updates_are_cheaper(rows, ranks, expected):
+    """Multiplications counted: rows (in + out) R against in out (rows + r)."""
+    from peft_reslora.reslora.shortcuts import whole_update_is_cheaper
+
+    assert whole_update_is_cheaper(rows, 8, ranks, 256, 256) is expected

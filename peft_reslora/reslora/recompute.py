@@ -30,8 +30,6 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-from peft_reslora.reslora.shortcuts import SharedSum
-
 _REGION = "peft_reslora_region"  # attribute of torch's object for a region
 _CHECKPOINT_GLOBALS = vars(torch.utils.checkpoint)
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
@@ -148,7 +146,6 @@ class Replay:
         self.reentrant = reentrant
         self.task = task
         self.local: dict[tuple[int, int], Any] = {}
-        self.sums = SharedSum()
         self._taken = taken
         self._cursors: dict[int, int] = {}
 
@@ -207,8 +204,10 @@ class Surroundings(NamedTuple):
 def enclosing_regions(around: Surroundings) -> Nest:
     """The regions around the running code, from the innermost out to the first recomputation or backward pass."""
     running = _running(around.pack)
+    if not running:
+        return NO_REGION
     replay = None
-    if running and running[-1].recomputed:
+    if running[-1].recomputed:
         owner, _, key = running.pop()
         replay = _region_of(owner, None).replay(around.task if key is None else key, around.task)
     task = None if replay is None else replay.task

@@ -14,10 +14,10 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -41,15 +41,17 @@ from peft_reslora.reslora.recompute import (
 from peft_reslora.reslora.shortcuts import SharedSum
 
 _keys = itertools.count()
+_T = TypeVar("_T")
 
 
 class Given:
     """What one layer has handed on: the tensor, its version then, and the regions in which it ran."""
 
-    def __init__(self, value: torch.Tensor, version: int, regions: dict[Region, Taken]) -> None:
+    def __init__(self, value: torch.Tensor, version: int, regions: dict[Region, Taken], takers: int) -> None:
         self.value = value
         self.version = version
         self.regions = regions
+        self.takers = takers  # in a recomputation: how many layers are still to take it
 
     @property
     def without_graph(self) -> bool:
@@ -72,12 +74,15 @@ class Scope:
         self.doorway = doorway
         self.passes: dict[int, ForwardPass] = {}  # the running one of each chain
         self.sums = SharedSum()
+        self.totals: dict[int, tuple[int, bool, torch.Tensor]] = {}  # of each chain: see `Relay.total`
+        self.facts: dict[int, Any] = {}  # of each chain: see `Relay.once`
         self.around: Surroundings | None = None
         self.nest = NO_REGION
         self.inner: tuple[Surroundings, Nest] | None = None  # the region last seen within this call
 
     def close(self) -> None:
         self.sums.forget()
+        self.totals.clear()
         for forward_pass in self.passes.values():
             forward_pass.given.clear()
 
@@ -166,13 +171,13 @@ class Handed:
         own: its own tensor, as it has to use it itself.
         earlier: what it takes, nearest first; None for a factor that was not handed.
         recomputed: whether this is a recomputation, which counts for no statistics.
-        sums: what layers of one forward or recomputation share.
+        sums: what the layers of one forward share; None where there is nothing to share.
     """
 
     own: torch.Tensor
     earlier: list[Any]
     recomputed: bool
-    sums: SharedSum
+    sums: SharedSum | None
 
 
 class Relay:
@@ -214,10 +219,10 @@ class Relay:
         replay = nest.replay
         first = None if replay is None else self._first_time(replay, position)
         if replay is not None and first is not None:
-            forward_pass, sums = self._local_pass(replay, first), replay.sums
+            forward_pass = self._local_pass(replay, first)
             earlier, kept = self._take_again(replay, first, forward_pass, position, value, nest)
         else:
-            forward_pass, sums = self._running_pass(scope, position), SharedSum() if scope is None else scope.sums
+            forward_pass = self._running_pass(scope, position)
             earlier, kept = self._take_from(forward_pass, position, value, nest)
         if self.accumulates:
             value, earlier = sum(earlier, value), []
@@ -227,9 +232,36 @@ class Relay:
             region: region.record(self.key, position, forward_pass.ledger, kept.get(region, []))
             for region in nest.recording
         }
-        if first is None or first.takers:
+        if first is None:
             self._hand_on(forward_pass, position, value, regions)
+        elif first.takers:
+            forward_pass.given[position] = Given(value, version_of(value), regions, first.takers)
+        # Within a region a shared sum would hold the graph of a recomputation, which nobody else does.
+        sums = scope.sums if scope is not None and nest is NO_REGION else None
         return Handed(value, earlier, first is not None, sums)
+
+    def once(self, make: Callable[[], _T], otherwise: Callable[[], _T]) -> _T:
+        """What `make` gives, asked once in a forward pass; outside of one, what `otherwise` gives."""
+        scope = self._scope()
+        if scope is None:
+            return otherwise()
+        if self.key not in scope.facts:
+            scope.facts[self.key] = make()
+        return scope.facts[self.key]
+
+    def total(
+        self, position: int, start: Callable[[], torch.Tensor], extend: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """A sum over the layers up to `position`: that of the layer before, extended, if that layer has made one in
+        this forward pass, and started anew otherwise."""
+        scope = self._scope()
+        if scope is None or _nest_in(scope) is not NO_REGION:
+            return start()
+        before = scope.totals.get(self.key)
+        goes_on = before is not None and before[:2] == (position - 1, torch.is_grad_enabled())
+        total = extend(before[2]) if before is not None and goes_on else start()
+        scope.totals[self.key] = position, torch.is_grad_enabled(), total
+        return total
 
     def _scope(self) -> Scope | None:
         """The innermost running call of a module that holds the chain."""
@@ -338,6 +370,9 @@ class Relay:
                 given = forward_pass.given[giver]
                 value = self._usable(given, forward_pass, giver, position, carrier, nest)
                 seen = {region: _seen_from(region, given) for region in kept}
+                given.takers -= 1
+                if not given.takers:
+                    del forward_pass.given[giver]
             earlier.append(value)
             for region, values in kept.items():
                 values.append(seen[region])
@@ -351,7 +386,7 @@ class Relay:
             return
         if self.shortcut == "input" and not torch.compiler.is_compiling() and value.is_inference():
             value = value.clone()  # nobody would notice if it were changed in place
-        forward_pass.given[position] = Given(value, version_of(value), regions)
+        forward_pass.given[position] = Given(value, version_of(value), regions, 0)
         forward_pass.given.pop(position - self.pre_num, None)
 
     def _check(self, value: torch.Tensor, version: int, carrier: torch.Tensor, giver: int, taker: int) -> None:

@@ -27,6 +27,17 @@ def block_hidden(x: torch.Tensor, factors_a: Sequence[torch.Tensor], dropout: Ma
     return F.linear(dropout(x), torch.cat(list(factors_a)))
 
 
+def whole_update_is_cheaper(rows: int, rank: int, ranks: int, in_features: int, out_features: int) -> bool:
+    """Whether x (sum_k B_k A_k)^T takes fewer multiplications by the whole sum than by the factors side by side.
+
+    Args:
+        rows: of x.
+        rank: of the term by which the sum of the layer before is extended.
+        ranks: of all terms together.
+    """
+    return rows * (in_features + out_features) * ranks > in_features * out_features * (rows + rank)
+
+
 def middle_hidden(projection: torch.Tensor, previous: Sequence[torch.Tensor]) -> torch.Tensor:
     """Middle shortcut, Eq. 4: sum_k A_{n-k} D(x_{n-k}); each term with the mask of its own layer."""
     for earlier in previous:
@@ -52,7 +63,7 @@ def annealed_hidden(
 class SharedSum:
     """x + previous, computed once for all layers that share both, such as query, key and value.
 
-    One for each forward or recomputation; holds the last sum until `forget`.
+    One for each forward; holds the last sum until `forget`.
     """
 
     def __init__(self) -> None:
@@ -85,7 +96,7 @@ class ProjectedSum(torch.autograd.Function):
         x: torch.Tensor,
         previous: torch.Tensor,
         factor_a: torch.Tensor,
-        sums: SharedSum,
+        sums: SharedSum | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, previous, factor_a)
         ctx.first_in_chain = previous is x
@@ -100,9 +111,10 @@ class ProjectedSum(torch.autograd.Function):
             grad_total = (grad @ factor_a.to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[3]:
             # With a graph of the backward, the sum would hold what holds it.
-            total = (x + previous if torch.is_grad_enabled() else ctx.sums(x, previous)).to(grad.dtype)
+            alone = ctx.sums is None or torch.is_grad_enabled()
+            total = (x + previous if alone else ctx.sums(x, previous)).to(grad.dtype)
             grad_a = (_rows(grad).t() @ _rows(total)).to(factor_a.dtype)
-        if ctx.first_in_chain:
+        if ctx.first_in_chain and ctx.sums is not None:
             ctx.sums.forget()
         return grad_total, None, None, grad_a, None
 

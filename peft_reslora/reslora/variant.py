@@ -5,12 +5,14 @@ PEFT's `LoraVariant` (private, read in 0.21.0 to 0.21.2) is asked for the forwar
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
@@ -28,6 +30,7 @@ from peft_reslora.reslora.shortcuts import (
     block_hidden,
     input_hidden,
     middle_hidden,
+    whole_update_is_cheaper,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Chain:
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
         self.planned: list[list[float]] | None = None
+        self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
         self._members: list[Any] = [weakref.ref(layer) for layer in layers]
 
     def __len__(self) -> int:
@@ -122,6 +126,21 @@ class Chain:
         return A, B
 
 
+class _Way(NamedTuple):
+    """How the layers of a 'block' chain have each other's factors; in general they read them where they are.
+
+    Args:
+        hands: in their own forward, layers hand on copies. Under FSDP2 factors are only whole then. The same is done
+            in re-entrant checkpointing, where a parameter would be given a part of its gradient by each region that
+            reads it, while DDP, ZeRO and hooks wait for the first only, and a region that asks for the gradients of
+            its own parameters would lose the others'.
+        calls: factors are loaded by hooks on their modules, or are computed with in another way than they look.
+    """
+
+    hands: bool
+    calls: bool
+
+
 class ResLoRAVariant(LoraVariant):
     """The place of one layer in its chain. `position` counts from 0."""
 
@@ -166,7 +185,8 @@ class ResLoRAVariant(LoraVariant):
         dropout, lora_a = module.lora_dropout[adapter], module.lora_A[adapter]
         if torch.compiler.is_compiling() or is_transformed() or not (is_plain(lora_a) and is_inactive(dropout)):
             return input_hidden(own, previous, dropout, lora_a)
-        return ProjectedSum.apply(handed.sums(own, previous), own, previous, lora_a.weight, handed.sums)
+        total = own + previous if handed.sums is None else handed.sums(own, previous)
+        return ProjectedSum.apply(total, own, previous, lora_a.weight, handed.sums)
 
     def _middle(self, module: ResLoRALayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
         projection = module.lora_A[adapter](module.lora_dropout[adapter](x))
@@ -183,43 +203,95 @@ class ResLoRAVariant(LoraVariant):
         )
 
     def _block(self, module: ResLoRALayer, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        layers = [self.chain.layer(k) for k in self._span()]
-        scalings = [layer.scaling[adapter] for layer in layers]
         dropout = module.lora_dropout[adapter]
-        handing = self._hands_factors()
-        if not handing and any(has_hooks(part[adapter]) for layer in layers for part in (layer.lora_A, layer.lora_B)):
-            dropped = dropout(x)  # the hooks load the factors, wherever they are called
-            for layer, scaling in zip(layers, scalings, strict=True):
-                update = layer.lora_B[adapter](layer.lora_A[adapter](dropped).to(dropped.device)).to(result.device)
-                result = result + update * scaling
-            return result
+        way = self._way()
+        handing = way.hands or self.chain.relay.crosses_graphs()
+        if not handing and way.calls:
+            return self._called(dropout(x), result, adapter)
+        if not handing and self._sums_updates(module, x):
+            return self._summed(dropout(x), result, adapter)
         pairs = self._handed_factors() if handing else [self._read(k) for k in self._span()]
         factors = [[factor.to(x.device) for factor in pair] for pair in pairs]
         hidden = block_hidden(x, [A for A, _ in factors], dropout)
+        scalings = [self.chain.layer(k).scaling[adapter] for k in self._span()]
         common = scalings[0] if len(set(scalings)) == 1 else 1.0
         parts = [B if common == s else B * s for (_, B), s in zip(factors, scalings, strict=True)]
         return add_update(result, hidden, torch.cat(parts, dim=1), common)
+
+    def _way(self) -> _Way:
+        """How the factors of the chain can be had: found once in a forward pass."""
+
+        def look(positions: Iterable[int]) -> _Way:
+            sharded = any(map(self._is_sharded, positions))
+            return _Way(sharded, any(has_hooks(linear) for k in positions for linear in self._linears(k)))
+
+        if torch.compiler.is_compiling():  # what is looked at is guarded
+            return look(self._neighbors())
+        return self.chain.relay.once(lambda: look(range(len(self.chain))), lambda: look(self._neighbors()))
+
+    def _neighbors(self) -> range:
+        """The positions that give to this layer or take from it, and its own."""
+        reached = self.chain.relay.pre_num
+        return range(max(0, self.position - reached), min(self.position + reached + 1, len(self.chain)))
+
+    def _called(self, dropped: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
+        """`result` plus the updates, each by calls of its modules, whose hooks load the factors wherever they run."""
+        for k in self._span():
+            lora_a, lora_b = self._linears(k)
+            update = lora_b(lora_a(dropped).to(dropped.device)).to(result.device)
+            result = result + update * self.chain.layer(k).scaling[adapter]
+        return result
+
+    def _sums_updates(self, module: ResLoRALayer, x: torch.Tensor) -> bool:
+        """Whether to keep one running sum of whole updates, (out, in): in deep chains that take from all layers.
+
+        Only in the precision of the factors, since the sum would be rounded once per layer.
+        """
+        adapter = self.chain.adapter_name
+        return (
+            self.chain.config.pre_num == -1
+            and self.position > 0
+            and not (torch.compiler.is_compiling() or is_transformed() or torch.is_autocast_enabled(x.device.type))
+            and x.dtype == module.lora_A[adapter].weight.dtype in (torch.float32, torch.float64)
+            and whole_update_is_cheaper(
+                x.numel() // x.shape[-1],
+                module.r[adapter],
+                self.chain.ranks[self.position],
+                module.in_features,
+                module.out_features,
+            )
+        )
+
+    def _summed(self, dropped: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
+        """`result` plus x U^T, where U is the sum of this layer's update and those of all earlier ones."""
+
+        def scaled(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+            A, B = (factor.to(dropped.device) for factor in self._read(position))
+            return A, B * self.chain.layer(position).scaling[adapter]
+
+        def start() -> torch.Tensor:
+            factors = [scaled(k) for k in self._span()]
+            return torch.cat([B for _, B in factors], dim=1) @ torch.cat([A for A, _ in factors])
+
+        def extend(before: torch.Tensor) -> torch.Tensor:
+            A, B = scaled(self.position)
+            return torch.addmm(before.to(dropped.device), B, A)
+
+        return result + F.linear(dropped, self.chain.relay.total(self.position, start, extend))
 
     def _span(self) -> range:
         """This layer's position and those of the earlier layers that feed it, nearest first."""
         return range(self.position, self.position - 1 - reach(self.position, self.chain.config.pre_num), -1)
 
-    def _hands_factors(self) -> bool:
-        """Whether the layers hand each other copies of their factors; in general they are read where they are.
-
-        Under FSDP2 a layer's factors are only whole in its own forward. In re-entrant checkpointing a parameter would
-        be given a part of its gradient by each region that reads it, while DDP, ZeRO and hooks wait for the first
-        only, and a region that asks for the gradients of its own parameters would lose the others'.
-        """
-        chain = self.chain
-        last_taker = min(self.position + chain.relay.pre_num, len(chain) - 1)
-        neighbours = (*self._span()[1:], *range(self.position + 1, last_taker + 1))
-        return any(map(self._is_sharded, neighbours)) or (bool(neighbours) and chain.relay.crosses_graphs())
-
     def _handed_factors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A and B of the layers in `_span`, as those layers hand them on in this forward pass."""
         linears, name, span = self._linears(self.position), self.chain.names[self.position], self._span()
-        own = [weight_by_call(linear) if has_hooks(linear) else readable(linear, name) for linear in linears]
+        own = [
+            weight_by_call(linear)
+            if has_hooks(linear) and not isinstance(linear.weight, DTensor)
+            else readable(linear, name)
+            for linear in linears
+        ]
         handed = self.chain.relay.pass_on(self.position, torch.cat([factor.flatten() for factor in own]))
         values = dict(zip(span, (handed.own, *handed.earlier), strict=True))
         return [self._read(k) if value is None else self._unflatten(k, value) for k, value in values.items()]
@@ -229,7 +301,16 @@ class ResLoRAVariant(LoraVariant):
         return layer.lora_A[name], layer.lora_B[name]
 
     def _is_sharded(self, position: int) -> bool:
-        return any(isinstance(linear.weight, DTensor) for linear in self._linears(position))
+        """Whether the factors are whole in their own layer's forward only.
+
+        Those of tensor parallelism never are: a call of their modules does what it takes, wherever they are called.
+        """
+        meshes = [
+            linear.weight.device_mesh for linear in self._linears(position) if isinstance(linear.weight, DTensor)
+        ]
+        base_layer = self.chain.layer(position).get_base_layer()
+        # PEFT's own mark (read in 0.21.2); more than one dimension of the mesh is sharded besides.
+        return bool(meshes) and (getattr(base_layer, "_hf_tp_plan", None) is None or meshes[0].ndim > 1)
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b = self._linears(position)
