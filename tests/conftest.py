@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many threads as workers would slow all down
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support-table", action="store_true", help="print the table of what the collected tests show")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[ALL_TESTS] = list(items)  # also those that `-m` leaves out
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # collections need not look at what the imports made
     if session.config.getoption("--support-table"):
         from support import support_table
 
-        sys.stdout.write(f"\n{support_table(session.items)}\n")
+        sys.stdout.write(f"\n{support_table(session.config.stash[ALL_TESTS])}\n")
+
+
+@pytest.fixture
+def all_tests(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """All that were collected, also those that `-m` leaves out."""
+    return request.config.stash[ALL_TESTS]
 
 
 @pytest.fixture

@@ -24,12 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import chains_by_block, relative_error
 from peft import PeftModel, get_peft_model
+from tolerances import rounding
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 
 WIDTH = 6
+BOUND = rounding(30)  # all is float64 but the norms, which are recorded in float32
 LEAVES = ["up", "down", "mix"]
 
 
@@ -301,7 +303,7 @@ class Case:
     def check(self, disabled: bool = False) -> None:
         x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
         with torch.no_grad():
-            assert relative_error(self.model(x), self.plain.run(x, disabled)[0]) < 1e-6
+            assert relative_error(self.model(x), self.plain.run(x, disabled)[0]) < BOUND
         if not self.plain.merged:
             for weight, original in zip(self._base_weights(), self.plain.base.parameters(), strict=True):
                 assert torch.equal(weight, original)
@@ -374,7 +376,7 @@ class Case:
         output, seen = self.plain.run(x)
         actual = self.model.train()(x)
         self.model.eval()
-        assert relative_error(actual, output) < 1e-6
+        assert relative_error(actual, output) < BOUND
         if not self.plain.merged:
             for name in self.plain.active:
                 with torch.no_grad():
@@ -398,7 +400,7 @@ class Case:
             for name, factors in adapter.factors.items():
                 for part, factor in zip(parts, factors, strict=True):
                     actual, scale = parameters[f"{name}.{part}"].grad, float(factor.grad.norm())
-                    assert torch.allclose(actual.double(), factor.grad, rtol=1e-6, atol=1e-6 * scale)
+                    assert float((actual - factor.grad).norm()) <= BOUND * scale
 
     def reload(self) -> None:
         self.unmerge()

@@ -23,17 +23,17 @@ from torch import nn
 FLOAT64 = 1e-10
 
 
-def rounding(terms: int | nn.Module, dtype: torch.dtype = torch.float32) -> float:
+def rounding(terms: int | nn.Module, dtype: torch.dtype | None = None) -> float:
     """Bound on the relative error of a result that sums up so many terms, or comes from one pass through a model.
 
-    Of a model, each weight counts with its longer side, as if all were applied one after the other; `dtype` is then
-    that of the model's coarsest weight.
+    Of a model, each weight counts with its longer side, as if all were applied one after the other. Without `dtype` it
+    is that of the model's coarsest weight, of a number float32.
     """
     if isinstance(terms, nn.Module):
         weights = [p for p in terms.parameters() if p.is_floating_point() and p.dim() > 1]
-        dtype = max((p.dtype for p in weights), key=lambda dtype: torch.finfo(dtype).eps)
+        dtype = dtype or max((p.dtype for p in weights), key=lambda dtype: torch.finfo(dtype).eps)
         terms = sum(max(p.shape[0], p[0].numel()) for p in weights)
-    return terms * torch.finfo(dtype).eps
+    return terms * torch.finfo(dtype or torch.float32).eps
 
 
 def half_rounding(steps: int, dtype: torch.dtype) -> float:
