@@ -82,9 +82,8 @@ def test_half_annealed_adapters_merge_their_annealed_share_exactly():
     layer = model.get_base_model().model.layers[2].mlp.up_proj
     before = layer.get_delta_weight("default")
     anneal_shortcuts(model, 0.5)
-    assert (
-        relative_error(layer.get_delta_weight("default"), before) < ESTIMATE
-    )  # the estimate is still the one it froze
+    # The estimate is still the one it froze.
+    assert relative_error(layer.get_delta_weight("default"), before) < ESTIMATE
     model.peft_config["default"].merge_estimator = "drop"
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.scaling["default"] * B @ (A + 0.5 * layer.lora_shortcut["default"])

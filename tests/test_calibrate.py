@@ -91,10 +91,8 @@ def test_estimates_are_those_of_a_dense_least_squares(shortcut, pre_num, max_mem
         assert relative_error(estimate_of(model, name), C) < ESTIMATE
         layer = model.get_submodule(f"base_model.model.{name}")
         A, B = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
-        assert (
-            relative_error(layer.get_delta_weight("default"), layer.scaling["default"] * B.double() @ (A + C))
-            < ESTIMATE
-        )
+        merged = layer.scaling["default"] * B.double() @ (A + C)
+        assert relative_error(layer.get_delta_weight("default"), merged) < ESTIMATE
 
 
 def divergence(model: nn.Module, expected: torch.Tensor, batches: list[dict[str, torch.Tensor]]) -> float:
@@ -217,10 +215,8 @@ def test_saved_estimates_merge_after_loading_and_from_the_files_alone(shortcut, 
         model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
     )
     for name, (A, B) in pairs.items():
-        assert (
-            relative_error(B @ A, model.get_submodule(f"base_model.model.{name}").get_delta_weight("default"))
-            < FLOAT64
-        )
+        delta = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        assert relative_error(B @ A, delta) < FLOAT64
     expected = output_of(model.merge_and_unload(), inputs)
     for other in (loaded, beside):
         assert relative_error(output_of(other.merge_and_unload(), inputs), expected) < FLOAT64

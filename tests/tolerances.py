@@ -4,12 +4,12 @@ Processors add in different orders, and some fuse multiplication and addition. I
 by at most n u of the sum of its terms' absolute values, u = eps / 2 (Higham, Accuracy and Stability of Numerical
 Algorithms, 2002, section 3.1), so two computations lie at most n eps apart. Terms of both signs cancel, to about
 1 / sqrt(n) of their absolute values; their roundings do too, to about sqrt(n) u: n eps of the sum itself still covers
-that, with sqrt(n) to spare for what a network amplifies. Sums that follow each other, as a network's layers, pass their
-errors on, which add up: n counts the terms of all of them.
+that, with sqrt(n) to spare for what a network amplifies. Sums that follow each other, as a network's layers, pass
+their errors on, which add up: n counts the terms of all of them.
 
-Where the amplification is not known at all (gradients through softmax, quotients, long training runs), or where sharper
-eyes are wanted, a test computes in float64: `FLOAT64` leaves a factor of 4e5 of its eps to sums and amplification, and
-lies far below any fault. The fixture `float64` makes the models of a test so.
+Where the amplification is not known at all (gradients through softmax, quotients, long training runs), or where
+sharper eyes are wanted, a test computes in float64: `FLOAT64` leaves a factor of 4e5 of its eps to sums and
+amplification, and lies far below any fault. The fixture `float64` makes the models of a test so.
 """
 
 from __future__ import annotations
