@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -16,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many thr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+import peft_reslora_cli
 
 ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 
@@ -50,3 +54,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[str]], int]]:
+    """Run `peft-reslora` in this process; what it sets for the process is undone afterwards."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ["OMP_WAIT_POLICY"])
+    with warnings.catch_warnings():
+        yield peft_reslora_cli.main
+    logging.disable(logging.NOTSET)

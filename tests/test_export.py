@@ -820,6 +820,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 # Other programs
 
 
+@pytest.mark.slow
 def test_loads_in_a_process_without_the_plugin(tmp_path: Path) -> None:
     model = adapted(llama(), ResLoRAConfig(r=2, **CAUSAL))
     llama().save_pretrained(tmp_path / "base")

@@ -109,6 +109,7 @@ def test_load_splits_the_library_of_this_python() -> None:
     assert set(split.targets(split.train)) == set(split.targets(split.test)) == set(range(len(split.labels)))
 
 
+@pytest.mark.slow
 def test_weights_come_from_the_package_without_importing_it() -> None:
     code = (
         "import sys; from peft_reslora.recipes.minilm import find_weights; f = find_weights();"
