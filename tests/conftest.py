@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[ALL_TESTS] = list(items)  # also those that `-m` leaves out
+    for item in items:
+        quick = [marker.kwargs for marker in item.iter_markers("quick")]
+        if quick and not any(_has(item, values) for values in quick):
+            item.add_marker(pytest.mark.slow)
+
+
+def _has(item: pytest.Item, values: dict[str, list[Any]]) -> bool:
+    """Whether each named parameter of the test has one of its `values`."""
+    return all(item.callspec.params[name] in among for name, among in values.items())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

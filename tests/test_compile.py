@@ -65,7 +65,8 @@ def compare_steps(eager: nn.Module, backend: str) -> None:
 
 
 @pytest.mark.support("torch.compile, fullgraph, changing batch size")
-@pytest.mark.parametrize("tuner", [t if t == "middle" else pytest.param(t, marks=pytest.mark.slow) for t in TUNERS])
+@pytest.mark.quick(tuner=["middle"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_training_compiles_whole_and_once(tuner):
     compare_steps(model_of(tuner).train(), "aot_eager")
 

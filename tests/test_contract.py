@@ -334,7 +334,7 @@ if "peft_reslora" in sys.modules:
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*vLLM:UserWarning")
+@pytest.mark.filterwarnings("ignore:The LoRA has r=:UserWarning")
 def test_exports_load_where_the_plugin_is_not_imported(tmp_path):
     """One process for all tuners: the exported folder equals the merged model."""
     inputs = TINY.inputs()

@@ -556,6 +556,7 @@ def test_parameters_that_are_elsewhere_are_refused() -> None:
 # Warnings
 
 
+@pytest.mark.filterwarnings("ignore:The base model of the LoRA is the local path:UserWarning")
 @pytest.mark.parametrize("way", ["export_lora", "save_as_lora", "export_lora_from_files"])
 def test_warns_where_other_programs_need_to_know(way: str, tmp_path: Path) -> None:
     base = net()
@@ -881,6 +882,7 @@ def test_the_card_tells_what_made_the_file(tmp_path: Path) -> None:
     assert "```sh\npeft-reslora export out\n```" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:The base model of the LoRA is the local path:UserWarning")
 def test_the_card_names_no_local_path(tmp_path: Path) -> None:
     base = net()
     base.name_or_path = str(tmp_path)

@@ -52,6 +52,8 @@ def compare_with_oracle(
     assert_gradients_close(grads, wanted)
 
 
+@pytest.mark.quick(dtype=[torch.float64])
+@pytest.mark.quick(name=["llama"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,6 +158,8 @@ def test_mixed_batch_equals_each_adapter_alone(shortcut, pre_num):
     assert relative_error(actual, torch.cat(expected)) < rounding(model)
 
 
+@pytest.mark.quick(name=["llama"])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.usefixtures("float64")  # where tokens nearly tie, rounding would choose
@@ -189,6 +193,8 @@ def test_the_untrained_adapter_changes_nothing(shortcut, pre_num):
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.quick(autocast_adapter_dtype=[True])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bfloat16_base_stays_close_to_float32(shortcut, pre_num, autocast_adapter_dtype):
     base, model = adapted("llama", shortcut, pre_num)

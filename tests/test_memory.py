@@ -56,14 +56,12 @@ def peak_of_a_step(config: PeftConfig, use_reentrant: bool | None) -> int:
     return counted.peak
 
 
-VARIANTS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
-QUICK = [("block", -1, None), ("middle", -1, None), ("input", 1, False), ("middle", -1, False)]
-SLOW = [(*variant, mode) for variant in VARIANTS for mode in (None, True, False) if (*variant, mode) not in QUICK]
-
-
+@pytest.mark.quick(pre_num=[-1], use_reentrant=[None])
+@pytest.mark.quick(shortcut=["input"], use_reentrant=[False])
 @pytest.mark.parametrize(
-    ("shortcut", "pre_num", "use_reentrant"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("shortcut", "pre_num"), [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
 )
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_a_step_takes_no_more_memory_than_lora(shortcut, pre_num, use_reentrant):
     """But for 'input' under checkpointing, which has to keep the inputs of all linked layers of all blocks."""
     ratio = peak_of_a_step(ResLoRAConfig(**FIELDS, shortcut=shortcut, pre_num=pre_num), use_reentrant) / lora_peak(

@@ -77,11 +77,14 @@ def dense_deltas(model: nn.Module, base: nn.Module, shortcut: str, pre_num: int,
     return deltas
 
 
+@pytest.mark.quick(name=["llama", "gpt2"])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_merged_weights_follow_the_table_of_estimators(name, shortcut, pre_num, estimator):
-    base, model = adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern={"mlp.c_proj": 3})
+    alpha_pattern = {"mlp.c_proj": 3} if name == "gpt2" else {}
+    base, model = adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern=alpha_pattern)
     record_norms(model, name)
     expected = dense_deltas(model, base, shortcut, pre_num, estimator)
     for layer_name, delta in expected.items():
@@ -113,6 +116,8 @@ def test_block_merges_exactly(name, pre_num):
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.quick(dtype=[torch.float32], safe_merge=[True])
+@pytest.mark.quick(dtype=[torch.bfloat16], safe_merge=[False])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_unmerging_restores_every_bit(shortcut, pre_num, dtype, safe_merge):
     base, model = adapted("gpt2", shortcut, pre_num, merge_estimator="weight_norm")
@@ -131,6 +136,7 @@ def test_unmerging_restores_every_bit(shortcut, pre_num, dtype, safe_merge):
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all:UserWarning")
 def test_a_thousand_merges_lose_nothing():
     model = randomize_adapters(get_peft_model(nn.Sequential(nn.Linear(9, 7)), ResLoRAConfig(target_modules=["0"])))
     weight = model.base_model.model[0].base_layer.weight
@@ -277,6 +283,7 @@ def test_norms_do_not_depend_on_the_number_of_tokens():
     assert math.isclose(*norms, rel_tol=rounding(200))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all:UserWarning")
 def test_norms_do_not_overflow_in_half_precision():
     """The sum of squares of this input is beyond float16, its mean is not."""
     model = get_peft_model(nn.ModuleDict({"h": nn.ModuleList([nn.Linear(64, 64).half()])}), ResLoRAConfig(
@@ -321,6 +328,7 @@ for adapter in sorted(folder.glob("adapter-*")):
 """
 
 
+@pytest.mark.slow
 def test_merging_after_loading_in_a_fresh_process_equals_merging_the_trained_model(tmp_path):
     inputs = TINY_MODELS["llama"].inputs()
     torch.save(inputs["input_ids"], tmp_path / "ids")

@@ -116,6 +116,7 @@ LABELS = {
     "hqq": "HQQ",
     "torchao": "torchao int8 weight-only",
 }
+quick = pytest.mark.quick(tuner=["middle", "mora"])
 supported = pytest.mark.support(lambda backend, **_: f"{LABELS[backend]}: a step, save, load, merge, export")
 
 
@@ -145,6 +146,7 @@ INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
@@ -159,6 +161,7 @@ def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -187,6 +190,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -210,6 +214,7 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()

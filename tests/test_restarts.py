@@ -198,9 +198,8 @@ def test_only_the_adapters_optimizer_state_is_reset() -> None:
     assert optimizer.state[others[0]]["step"].item() == 3
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["cosine", *(pytest.param(s, marks=pytest.mark.slow) for s in ("constant", "reduce_lr_on_plateau"))]
-)
+@pytest.mark.quick(scheduler=["cosine"])
+@pytest.mark.parametrize("scheduler", ["constant", "cosine", "reduce_lr_on_plateau"])
 def test_learning_rate_is_warmed_up_again_under_any_scheduler(scheduler: str, tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 4} if scheduler == "reduce_lr_on_plateau" else {}
     runs = []
@@ -258,14 +257,13 @@ def test_a_warmup_ends_where_the_next_begins() -> None:
     assert take_steps(1) == [1]
 
 
-RESUMED = [("lora", 4), ("lora", 6), ("mora sharing", 4), ("reslora block", 6)]
 RUN: dict[str, Any] = {"steps": 9, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
 
 
-@pytest.mark.parametrize(
-    ("method", "interrupted"),  # within the warm-up after a restart, and where the next is due
-    [("reslora block", 4), ("mora sharing", 6), *(pytest.param(*case, marks=pytest.mark.slow) for case in RESUMED)],
-)
+@pytest.mark.quick(method=["reslora block"], interrupted=[4])
+@pytest.mark.quick(method=["mora sharing"], interrupted=[6])
+@pytest.mark.parametrize("method", ["lora", "mora sharing", "reslora block"])
+@pytest.mark.parametrize("interrupted", [4, 6])  # within the warm-up after a restart, and where the next is due
 def test_resumed_run_equals_the_uninterrupted_one(method: str, interrupted: int, tmp_path: Path) -> None:
     whole = build(CONFIGS[method]())
     run = {**RUN, "save_steps": interrupted}
@@ -409,6 +407,7 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_the_reason_and_the_remedy(case: str) -> None:
     config, change, message = REFUSED[case]
+    torch.set_default_dtype(torch.float32)  # what PiSSA takes
     model = build(config)
     if change:
         change(model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -27,11 +25,6 @@ from peft_reslora import MoRAConfig, ResLoRAConfig
 TUNERS = ["input", "block", "middle", "mora"]
 TARGETS = TINY_MODELS["llama"].targets
 float64 = pytest.mark.usefixtures("float64")
-
-
-def cases(quick: list[Any], every: Iterable[Any]) -> list[Any]:
-    """Parameters of which only a few are in the default selection."""
-    return [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in every]
 
 
 def config_of(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
@@ -81,9 +74,10 @@ def norms_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.support("transformers Trainer, saved and resumed")
 @float64
-@pytest.mark.parametrize(
-    ("tuner", "checkpointing"), cases([("middle", True), ("mora", False)], product(TUNERS, [False, True]))
-)
+@pytest.mark.quick(tuner=["middle"], checkpointing=[True])
+@pytest.mark.quick(tuner=["mora"], checkpointing=[False])
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(4, 53, (16, 6))]
 
@@ -111,7 +105,8 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tm
 
 
 @pytest.mark.support("TRL SFT")
-@pytest.mark.parametrize("tuner", ["input", *(pytest.param(t, marks=pytest.mark.slow) for t in TUNERS[1:])])
+@pytest.mark.quick(tuner=["input"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_sft_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -135,9 +130,9 @@ def test_trl_sft_trains(tuner, tmp_path):
         "TRL DPO" + (" from a trained adapter (MoRA: copied by hand)" if trained_before else "")
     )
 )
-@pytest.mark.parametrize(
-    ("tuner", "trained_before"), cases([("block", True), ("mora", True)], product(TUNERS, [False, True]))
-)
+@pytest.mark.quick(tuner=["block", "mora"], trained_before=[True])
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("trained_before", [False, True])
 def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, recwarn):
     """From a base model, or from an adapter, of which TRL keeps a copy as the adapter "ref". MoRA's the user has to
     copy, as a warning says."""
@@ -168,7 +163,8 @@ def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, r
 
 
 @pytest.mark.support("TRL GRPO")
-@pytest.mark.parametrize("tuner", ["mora", *(pytest.param(t, marks=pytest.mark.slow) for t in TUNERS[:3])])
+@pytest.mark.quick(tuner=["mora"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_grpo_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -207,6 +203,7 @@ def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
 
 @float64
 @pytest.mark.support("add_adapter of diffusers, with and without checkpointing")
+@pytest.mark.quick(checkpointing=[True])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_diffusers_add_adapter_trains(tuner, checkpointing):
@@ -257,6 +254,7 @@ def randomized(tuner: str, pre_num: int = 1) -> nn.Module:
 
 @float64
 @pytest.mark.support("saved-tensor offloading")
+@pytest.mark.quick(checkpointing=[True])
 @pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_tensor_offloading_keeps_the_gradient(checkpointing, tuner, pre_num):
@@ -289,6 +287,8 @@ def offloaded(model: nn.Module, how: str, folder: str) -> nn.Module:
 @float64
 @pytest.mark.support("accelerate CPU and disk offload: inference")
 @pytest.mark.support("accelerate CPU and disk offload: training", verdict="refused")
+@pytest.mark.quick(tuner=["input", "mora"])
+@pytest.mark.quick(pre_num=[-1], how=["some blocks"])
 @pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("how", ["cpu", "disk", "some blocks"])
 def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, tmp_path):
@@ -335,6 +335,7 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
 
 
 @pytest.mark.support("bf16 and fp16 autocast")
+@pytest.mark.quick(checkpointing=[True], dtype=[torch.bfloat16])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointing", [False, True])
