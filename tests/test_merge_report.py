@@ -20,7 +20,7 @@ from tolerances import FLOAT64, rounding
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
-from peft_reslora.reslora import calibrate_merge, merge_report
+from peft_reslora.reslora import calibrate_merge, fidelity, merge_report
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -118,6 +118,19 @@ def test_block_is_exact(pre_num):
     assert list(report.costs) == ["exact"]
     assert report.costs["exact"].kl < FLOAT64
     assert "the merge is exact" in str(report)
+
+
+def test_the_divergence_of_float32_logits_is_that_of_the_logits_and_not_of_its_own_rounding():
+    """Logits some roundings apart: about 1e-12, of which a sum in float32 would make about 1e-8."""
+    expected = 3 * torch.randn(7, 9, 53, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    actual = expected * (1 + 2**-20)
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, actual))
+    by_hand = float((p.exp() * (p - q)).sum(-1).mean())
+    sums = fidelity._Sums()
+    outputs = (fidelity._Output(logits, None) for logits in (expected, actual))
+    sums.add_output(*outputs, torch.ones(63, dtype=torch.bool))
+    assert 0 < by_hand < 1e-10
+    assert math.isclose(sums.cost([]).kl, by_hand, rel_tol=1e-2)
 
 
 def test_estimators_without_data_are_listed_and_a_single_one_raises():

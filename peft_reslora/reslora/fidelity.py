@@ -264,7 +264,7 @@ class _Sums:
         self.layers[name] = (missed, unmerged) if total is None else (total[0] + missed, total[1] + unmerged)
 
     def add_output(self, expected: _Output, actual: _Output, keep: torch.Tensor) -> None:
-        p, q = (F.log_softmax(o.logits.flatten(0, -2)[keep].double(), dim=-1) for o in (expected, actual))
+        p, q = (F.log_softmax(o.logits.flatten(0, -2)[keep], dim=-1, dtype=torch.float64) for o in (expected, actual))
         self.kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
         self.kept += int((p.argmax(-1) == q.argmax(-1)).sum())
         self.rows += len(p)
