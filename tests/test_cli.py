@@ -92,6 +92,7 @@ def test_help_of_each_level_imports_nothing_heavy(level: list[str]) -> None:
     assert not imported & {"torch", "numpy", "peft", "transformers", "peft_reslora"}
 
 
+@pytest.mark.slow
 def test_module_runs_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "peft_reslora", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
