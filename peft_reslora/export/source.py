@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, float64, nn
 from tqdm import tqdm
 
 from peft_reslora.export.card import method_name
@@ -21,6 +21,7 @@ from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.factors import Factors, layer_factors
 from peft_reslora.export.fitting import Fit, FittedUpdate
 from peft_reslora.export.targets import tuner_layers
+from peft_reslora.precision import full_precision
 from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
@@ -70,7 +71,7 @@ def refuse_config(config: PeftConfig, adapter_name: str) -> None:
         raise ValueError(f"Adapter {adapter_name!r} fits into no plain LoRA: {'; '.join(faults)}. {MERGE_INSTEAD}")
 
 
-@torch.no_grad()
+@full_precision()
 def updates_in_model(
     modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
 ) -> dict[str, FittedUpdate]:
@@ -85,17 +86,22 @@ def updates_in_model(
     Raises:
         ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
     """
+    from peft_reslora.reslora.linking import chains_among
+    from peft_reslora.reslora.variant import planned
+
     updates = {}
-    for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            raise ValueError(
-                f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(module).__name__}), which no LoRA "
-                f"can hold. {MERGE_INSTEAD}"
-            )
-        for layer in tuner_layers(module):
-            if adapter_name in layer._get_available_adapters():
-                with _named(adapter_name, name):
-                    updates[name] = fit.update(layer_factors(layer, adapter_name, approximate=fit.approximate))
+    layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
+    with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
+        for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
+            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+                raise ValueError(
+                    f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(module).__name__}), which no "
+                    f"LoRA can hold. {MERGE_INSTEAD}"
+                )
+            for layer in tuner_layers(module):
+                if adapter_name in layer._get_available_adapters():
+                    with _named(adapter_name, name):
+                        updates[name] = fit.update(layer_factors(layer, adapter_name, approximate=fit.approximate))
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
@@ -125,7 +131,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, load_file(weights_file)
 
 
-@torch.no_grad()
+@full_precision()
 def updates_in_files(
     config: LoraConfig, state_dict: Mapping[str, Tensor], adapter_name: str, fit: Fit
 ) -> dict[str, FittedUpdate]:
@@ -187,7 +193,7 @@ def _lora_pairs(config: LoraConfig, state_dict: Mapping[str, Tensor]) -> dict[st
         A, B = found["A.weight"], found["B.weight"]
         alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
         scaling = alpha / math.sqrt(A.shape[0]) if config.use_rslora else alpha / A.shape[0]
-        pairs[name] = A, scaling * (B if B.dtype == torch.float64 else B.float())
+        pairs[name] = A, scaling * (B if B.dtype == float64 else B.float())
     return pairs
 
 
