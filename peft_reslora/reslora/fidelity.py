@@ -190,10 +190,9 @@ def _measure(
 
     def see(name: str, x: torch.Tensor, own: torch.Tensor, term: torch.Tensor, sequence: torch.Tensor) -> None:
         unmerged = ((own + term) @ cores[name]).double().square().sum()
-        for estimator, E in estimates.items():
-            missed = ((term - x @ E[name].to(x).t()) @ cores[name]).double().square().sum()
-            if estimator in sums:
-                sums[estimator].add_layer(name, missed, unmerged)
+        for estimator, total in sums.items():
+            missed = ((term - x @ estimates[estimator][name].to(x).t()) @ cores[name]).double().square().sum()
+            total.add_layer(name, missed, unmerged)
 
     with observed(model, layers, see) as run:
         for batch in batches:
@@ -202,18 +201,22 @@ def _measure(
                 try:
                     with _merged(chains, estimates[estimator], merge):
                         actual, _ = _output(model(**to_device(batch, model)), batch, f"merged ({estimator})")
+                    sums[estimator].add_output(expected, actual, keep)
                 except ValueError as error:
                     if unavailable is None or len(sums) == 1:
                         raise
                     unavailable[estimator] = str(error)
                     del sums[estimator]
-                else:
-                    sums[estimator].add_output(expected, actual, keep)
     _refuse_nothing(sums.values())
+    names = _in_order(model, chains)
+    return {estimator: total.cost(names) for estimator, total in sums.items()}
+
+
+def _in_order(model: nn.Module, chains: Sequence[Chain]) -> list[str]:
+    """The names of all layers, in the model's order."""
     order = {id(layer): depth for depth, layer in enumerate(model.modules())}
     members = [(layer, name) for chain in chains for layer, name in zip(chain.layers, chain.names, strict=True)]
-    names = [name for layer, name in sorted(members, key=lambda member: order[id(member[0])])]
-    return {estimator: total.cost(names) for estimator, total in sums.items()}
+    return [name for layer, name in sorted(members, key=lambda member: order[id(member[0])])]
 
 
 def _refuse_nothing(sums: Iterable[_Sums]) -> None:

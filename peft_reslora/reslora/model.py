@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,10 +148,29 @@ class ResLoRAModel(LoraModel):
     ) -> None:
         """Combine adapters into a new one, as in `LoraModel`, in ways that hold for factors that are linked.
 
+        'cat', and a single adapter with a weight, give exactly the weighted sum of the adapters' updates. The others
+        combine the factors A and B apart, as PEFT does.
+
         Raises:
             ValueError: for combinations that take the SVD of delta weights, since the shortcuts would be applied to
-                them again, and for adapters with different shortcuts.
+                them again, for adapters with different shortcuts or chains, and for weights that are no numbers.
         """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name.")
+        if len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights!r} has to hold one finite number for each of the adapters {adapters}.")
+        self._refuse_combination(adapters, combination_type)
+        _refuse_unequal_scalings(self.model, adapters)
+        self._refuse_other_chains(adapters, combination_type, kwargs.get("svd_rank"))
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+            self._apply_unscaled(adapter_name)
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _refuse_combination(self, adapters: Sequence[str], combination_type: str) -> None:
         if combination_type.endswith("svd") and len(adapters) > 1:
             raise ValueError(
                 f"combination_type={combination_type!r} works on delta weights, to which the shortcuts of the new "
@@ -170,8 +191,42 @@ class ResLoRAModel(LoraModel):
                 f"Adapter {annealed[0]!r} has been annealed, and the new one would have its shortcuts again. Export "
                 "each with save_as_lora, which is exact for annealed adapters, and combine those."
             )
-        _refuse_unequal_scalings(self.model, adapters)
-        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+
+    def _refuse_other_chains(self, adapters: Sequence[str], combination_type: str, svd_rank: int | None) -> None:
+        """Refuse adapters with a chain that the new one would not have: it would link their layers otherwise.
+
+        PEFT gives the new one the config of the first adapter, and the target modules of all (private, 0.21.2).
+        """
+        _, rank, targets = self._check_add_weighted_adapter(list(adapters), combination_type, svd_rank)
+        config = replace(self.peft_config[adapters[0]], r=rank, target_modules=targets, rank_pattern={})
+        table = find_chains_before_injection(self.model, config)
+        chain_of = {target.name: [other.name for other in chain] for chain in table.chains for target in chain}
+        for name in adapters:
+            for chain in chains_of(self.model, name):
+                if (new := chain_of.get(chain.names[0])) != chain.names:
+                    raise ValueError(
+                        f"Adapter {name!r} links {len(chain.names)} layers from {chain.names[0]!r} to "
+                        f"{chain.names[-1]!r}, and the combined adapter, which has the config of {adapters[0]!r} and "
+                        f"the target modules of all, would link {len(new or [])} there. "
+                        "Combine adapters whose chains are the same or have no layer in common, or export each with "
+                        "save_as_lora and combine those."
+                    )
+
+    def _apply_unscaled(self, adapter_name: str) -> None:
+        """Make good what PEFT's `add_weighted_adapter` (0.21.2) leaves wrong.
+
+        The factors hold the scalings of the adapters they are from, so that the new scaling is 1, which it is not with
+        use_rslora; and layers of a smaller rank than the config's get zeros, with which they can be saved and loaded.
+        """
+        config = self.peft_config[adapter_name]
+        config.use_rslora = False
+        for layer in self.model.modules():
+            if isinstance(layer, ResLoRALayer) and adapter_name in layer.lora_A:
+                layer.scaling[adapter_name] = config.lora_alpha / config.r
+                lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+                missing = config.r - lora_a.weight.shape[0]
+                lora_a.weight.data = nn.functional.pad(lora_a.weight.data, (0, 0, 0, missing))
+                lora_b.weight.data = nn.functional.pad(lora_b.weight.data, (0, missing))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -250,11 +305,15 @@ def _room_for_estimates(model: nn.Module, adapter_name: str, state_dict: Mapping
         weight = layer.lora_A[adapter_name].weight
         rank, in_features = weight.shape
         shapes: list[tuple[int, ...] | None] = [None, None, None]
-        if shortcut or calibrated or annealed:  # C_n comes with one of the other two
+        place = layer.chain_of(adapter_name)
+        if calibrated and place is not None and place[1] == 0:  # the first layer of a chain has a sketch and no C_n
+            shapes[1] = (2 * rank,)
+        elif shortcut or calibrated or annealed:  # C_n comes with one of the other two
             shapes = [(rank, in_features), None if annealed else (2 * rank,), () if annealed else None]
         for buffers, shape in zip((getattr(layer, part) for part in SHORTCUT_PARTS), shapes, strict=True):
             before.append((buffers, stored(buffers, adapter_name)))
-            restore(buffers, adapter_name, None if shape is None else torch.zeros(shape, device=weight.device))
+            zeros = None if shape is None else torch.zeros(shape, device=weight.device, dtype=torch.float32)
+            restore(buffers, adapter_name, zeros)
     try:
         yield
     except ValueError:
