@@ -212,16 +212,15 @@ def untie(model: nn.Module, layer_names: Iterable[str]) -> None:
     """
     weights = {f"{name}.weight" for name in layer_names}
     for tied_model, _ in list(_tied_models(model, weights)):
+        parameters = dict(tied_model.named_parameters(remove_duplicate=False))
         for name, source in tied_model.all_tied_weights_keys.items():
-            parent = tied_model.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            tensor = getattr(parent, leaf)
-            if tensor is tied_model.get_parameter_or_buffer(source) and not tensor.is_meta:
-                setattr(parent, leaf, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+            tensor = parameters.get(name)
+            if tensor is not None and tensor is parameters.get(source) and not tensor.is_meta:
+                parent, _, leaf = name.rpartition(".")
+                own = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+                setattr(tied_model.get_submodule(parent), leaf, own)
         tied_model.all_tied_weights_keys = {}
-        for config in _configs(tied_model.config):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
+        _say_untied(tied_model.config)
 
 
 def _tied_models(model: nn.Module, weights: set[str]) -> Iterator[tuple[PreTrainedModel, Sequence[str]]]:
@@ -244,12 +243,14 @@ def _flag_means_more(model: PreTrainedModel) -> bool:
     if any(code is not None and "tie_word_embeddings" in code.co_names for code in codes):
         return True
     config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = False
+    _say_untied(config)
     return type(config).from_dict(config.to_dict()).to_dict() != config.to_dict()
 
 
-def _configs(config: PretrainedConfig) -> Iterator[Any]:
-    yield config
+def _say_untied(config: PretrainedConfig) -> None:
+    """Set the flag to False, in the configs inside too: others than transformers read it there."""
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
     for name in getattr(config, "sub_configs", {}):
         if isinstance(inner := getattr(config, name, None), PretrainedConfig):
-            yield from _configs(inner)
+            _say_untied(inner)

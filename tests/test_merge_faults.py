@@ -120,7 +120,6 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "inference_mode": torch.inference_mode,
     "default_dtype": default_dtype,
     "matmul_precision": matmul_precision,
-    "enable_grad": torch.enable_grad,
 }
 
 
@@ -189,9 +188,10 @@ def report(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 CASES = [
-    *((tuner, action) for tuner in ("block", "middle", "mora") for action in (merge, unload, deltas, export)),
+    *((tuner, action) for tuner in ("block", "middle", "mora") for action in (merge, unload)),
     *((tuner, restart) for tuner in ("block", "mora")),
-    *((tuner, action) for tuner in ("input", "middle") for action in (calibrate, anneal, report)),
+    *(("middle", action) for action in (deltas, export, anneal, report)),
+    *((tuner, calibrate) for tuner in ("input", "middle")),
 ]
 
 

@@ -223,6 +223,23 @@ def test_replicated_layers_merge_each_for_itself(tuner):
     assert relative_error(model.merge_and_unload()(IDS, use_cache=False).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_layers_can_be_merged_one_by_one(tuner):
+    """As diffusers' `fuse_lora` does, which knows no tuner."""
+    base, targets = tied_llama()
+    model = adapted(copy.deepcopy(base), tuner, target_modules=targets)
+    expected = dense(base, merged_in_float64(base, model), IDS)
+    layers = tuner_layers(model).values()
+    for layer in layers:
+        layer.merge()
+    assert relative_error(model(IDS).logits, expected) < 1e-5
+    for layer in layers:
+        layer.unmerge()
+    assert model.get_base_model().lm_head.base_layer.weight is model.get_input_embeddings().weight
+    for name, layer in tuner_layers(model).items():
+        assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
+
+
 def test_deep_copies_of_merged_models_keep_what_was_tied():
     base, targets = tied_llama()
     model = adapted(base, "block", target_modules=targets)

@@ -137,7 +137,11 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
     def merges_exactly(self, adapter_name: str) -> bool:
         """Whether the merge of this layer computes what its forward pass does, see `layer_is_exact`."""
         place = self.chain_of(adapter_name)
-        return place is None or layer_is_exact(place[0].blocks(), place[1], place[0].config)
+        if place is None:
+            return True
+        chain, position = place
+        blocks = chain.blocks() if chain.planned is None else chain.planned.blocks
+        return layer_is_exact(blocks, position, chain.config)
 
     @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
