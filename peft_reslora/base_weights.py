@@ -1,8 +1,8 @@
 """The weight that a merge changes: whose it is, whether it can be written at all, and whether the sum fits into it.
 
-A merge gives the layer a parameter of its own and never writes into the one that was there. So whatever shares that
-one (a tied embedding, a replicated layer, a second name of the same parameter) keeps it, and unmerging puts back the
-very object: bit for bit, and tied as before.
+A merge gives the layer a parameter of its own and does not write into the one that was there, unless that is given up
+and nothing else reads its memory. So whatever shares it (a tied embedding, a replicated layer, a second name of the
+same parameter) keeps it, and unmerging puts back the very object: bit for bit, and tied as before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ _READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def own_weight(base_layer: nn.Module) -> nn.Parameter:
     """Give a layer a parameter of its own, with the values of the one that it had, which is returned.
 
-    The new one still reads the same memory: a merge has to put another tensor into it.
+    The new one still reads the same memory: a merge has to put another tensor into it, or know of `own_memory`.
     """
     held: Any = base_layer.weight
     own = nn.Parameter(held.data, requires_grad=held.requires_grad)
@@ -36,6 +37,17 @@ def own_weight(base_layer: nn.Module) -> nn.Parameter:
     base_layer.weight = own
     # What was loaded for the merge only is not to stay on the device for its sake.
     return held if offload_hook(base_layer) is None else nn.Parameter(held.data.cpu(), held.requires_grad)
+
+
+def own_memory(model: nn.Module) -> set[int]:
+    """The ids of the parameters that share their memory with no other, under whatever name."""
+    places = [(id(p), _place(p)) for _, p in model.named_parameters(remove_duplicate=False) if not p.is_meta]
+    uses = Counter(place for _, place in places)
+    return {parameter for parameter, place in places if place and uses[place] == 1}
+
+
+def _place(parameter: nn.Parameter) -> int:
+    return parameter.untyped_storage().data_ptr() if type(parameter) is nn.Parameter else 0
 
 
 def give_back_weight(base_layer: nn.Module, held: nn.Parameter) -> None:

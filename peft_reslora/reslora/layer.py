@@ -151,13 +151,14 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         A, B = self.merged_factors(adapter)
         return transpose(B @ A, self.fan_in_fan_out).to(self.lora_B[adapter].weight.dtype)
 
-    def add_delta_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """`weight` plus the merged delta weight, rounded once; another tensor."""
+    def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
+        """`weight` plus the merged delta weight, rounded once."""
         A, B = self.merged_factors(adapter_name)
         left, right = (A.t(), B.t()) if self.fan_in_fan_out else (B, A)
         if weight.dtype != left.dtype or weight.device != left.device:
-            return weight.clone().add_((left @ right).to(weight.device))
-        return torch.addmm(weight, left, right)
+            weight = weight if in_place else weight.clone()
+            return weight.add_((left @ right).to(weight.device))
+        return weight.addmm_(left, right) if in_place else torch.addmm(weight, left, right)
 
     @full_precision()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from peft_reslora.base_weights import (
     broken_adapter_message,
     merged_or_not,
+    own_memory,
     refuse_inseparable,
     refuse_shared_modules,
     refuse_unknown,
@@ -130,13 +131,16 @@ class ResLoRAModel(LoraModel):
         with planned(chains):
             for layer in layers.values():
                 layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
+            own = set() if keep_base_weights else own_memory(self.model)
+            weights = {id(layer): layer.get_base_layer()._parameters.get("weight") for layer in layers.values()}
+            in_place = {layer for layer, weight in weights.items() if id(weight) in own}
             try:
                 for chain in chains:
-                    chain.keeps_base_weights, chain.merges_checked = keep_base_weights, True
+                    chain.keeps_base_weights, chain.merges_checked, chain.in_place = keep_base_weights, True, in_place
                 yield chains
             finally:
                 for chain in chains:
-                    chain.keeps_base_weights, chain.merges_checked = True, False
+                    chain.keeps_base_weights, chain.merges_checked, chain.in_place = True, False, set()
 
     def add_weighted_adapter(
         self,

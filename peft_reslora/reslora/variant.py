@@ -52,6 +52,7 @@ class Chain:
         self.relay = Relay(names, config.pre_num, hands_factors=config.shortcut == "block")
         self.keeps_base_weights = True
         self.merges_checked = False  # by whoever merges all layers
+        self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
         self.planned: ChainMerge | None = None
         self.keeps_plan = False
 
@@ -244,11 +245,12 @@ class ResLoRAVariant(LoraVariant):
     # PEFT calls these three; `orig_weight` is the weight that is to be changed, in its own orientation.
 
     def merge_safe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return module.add_delta_weight(orig_weight, active_adapter)
+        return module.add_delta_weight(orig_weight, active_adapter, in_place=True)  # a copy already
 
     def merge_unsafe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        # Another tensor, and not a write into this one: it is the one that unmerging gives back.
-        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter)
+        # In general another tensor: this one is what unmerging gives back, and others may share it.
+        in_place = id(module) in self.chain.in_place
+        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter, in_place)
 
     def unmerge(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
