@@ -18,7 +18,7 @@ from peft.utils.other import transpose
 from torch import nn
 
 from peft_reslora.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
-from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch
+from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
 from peft_reslora.reslora.variant import Chain, ResLoRAVariant
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
@@ -119,6 +119,11 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
             )
         chain, position = place
         return chain.merged_factors(position)
+
+    def merges_exactly(self, adapter_name: str) -> bool:
+        """Whether the merge of this layer computes what its forward pass does, see `layer_is_exact`."""
+        place = self.chain_of(adapter_name)
+        return place is None or layer_is_exact(place[0].blocks(), place[1], place[0].config)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""

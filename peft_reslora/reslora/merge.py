@@ -101,9 +101,18 @@ def _earlier(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> li
     return [chain[position - k] for k in range(1, reach(position, config.pre_num) + 1)]
 
 
+def layer_is_exact(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> bool:
+    """Whether the merge of one layer computes what its forward pass does, whichever estimator there is.
+
+    It does for 'block'; for a chain's first layer, where 'middle' has no shortcut and that of 'input' is the layer's
+    own input; and where C_n has taken the shortcut's whole place in the forward pass.
+    """
+    return config.shortcut == "block" or position == 0 or chain[position].annealed == 1.0
+
+
 def is_exact(chain: Sequence[Block], config: ResLoRAConfig) -> bool:
-    """Whether the merge computes what the forward pass does: for 'block', and where no shortcut is left."""
-    return config.shortcut == "block" or all(block.annealed == 1.0 for block in chain[1:])
+    """Whether the merge of every layer is exact."""
+    return all(layer_is_exact(chain, position, config) for position in range(len(chain)))
 
 
 def shortcut_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> list[list[float]]:
