@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -14,16 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.card import is_local, method_name
 from peft_reslora.export.checkpoint import PREFIX, LoraExport
-from peft_reslora.export.fitting import Fit, FittedUpdate
+from peft_reslora.export.files import read_adapter, targets_in_files, updates_in_files
+from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
 from peft_reslora.export.report import ExportReport, LayerReport
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
     diffusers_prefix,
-    read_adapter,
     refuse_config,
-    targets_in_files,
-    updates_in_files,
     updates_in_model,
 )
 from peft_reslora.export.targets import (
@@ -106,7 +105,10 @@ def export_lora_from_files(
     energy: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
-    """Turn a saved ResLoRA or LoRA adapter into a standard LoRA, without its base model.
+    """Turn a saved ResLoRA, MoRA or LoRA adapter into a standard LoRA, without its base model.
+
+    Of MoRA, the files hold the shapes of no layer: the config of the base model has to be on this machine, in its
+    folder or the Hub's cache. Where it is, it also tells whether the files hold all layers.
 
     What takes the base model is not done: layers without an update are not filled with zeros, `target_modules` are
     the adapter's own where they are plain names and full module names otherwise, and there is no file for diffusers.
@@ -120,19 +122,18 @@ def export_lora_from_files(
         ValueError: naming the file that is missing, damaged or of another kind; or as `export_lora`.
     """
     fit = Fit(rank, energy, dtype or torch.float32)
-    folder = Path(adapter_dir)
-    config, state_dict = read_adapter(folder)
-    refuse_config(config, folder.name)
-    updates = updates_in_files(config, state_dict, folder.name, fit)
+    adapter = read_adapter(Path(adapter_dir))
+    config: Any = adapter.config
+    updates = updates_in_files(adapter, fit)
     lora_config = LoraConfig(
         target_modules=targets_in_files(config, list(updates)),
-        fan_in_fan_out=config.fan_in_fan_out,
+        fan_in_fan_out=adapter.fan_in_fan_out,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         auto_mapping=config.auto_mapping,
     )
-    call = f"export_lora_from_files({folder.name!r}{fit.arguments()})"
+    call = f"export_lora_from_files({adapter.name!r}{fit.arguments()})"
     export = _assemble(updates, {}, lora_config, fit, config, call, None)
     _warn(export)
     return export
@@ -207,17 +208,17 @@ def _assemble(
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
     dtype = str(fit.dtype).removeprefix("torch.")
-    layers = _layer_reports(updates, _merge_of(source), fit)
+    layers = _layer_reports(updates, fit)
     report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros))
     return LoraExport(lora_config, state_dict, report, prefix)
 
 
-def _layer_reports(updates: Mapping[str, FittedUpdate], merge: str, fit: Fit) -> list[LayerReport]:
+def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerReport]:
     return [
         LayerReport(
             layer=name,
-            merge=merge,
-            exact=merge == "exact" and not update.truncated and fit.dtype == torch.float32,
+            merge=update.merge,
+            exact=update.merge == EXACT and not update.truncated and fit.dtype == torch.float32,
             rank_before=update.rank_before,
             rank_after=update.factors.rank,
             energy_kept=update.energy_kept,
@@ -250,12 +251,6 @@ def _warn(export: LoraExport) -> None:
             "export.config.base_model_name_or_path to its Hub id before saving.",
             stacklevel=3,
         )
-
-
-def _merge_of(config: PeftConfig) -> str:
-    """How the adapter becomes one matrix per layer; only ResLoRA's 'input' and 'middle' are estimated."""
-    estimator = getattr(config, "merge_estimator", None)
-    return "exact" if getattr(config, "shortcut", "block") == "block" else f"estimated by {estimator}"
 
 
 def _name_of(base_model: nn.Module) -> str | None:
