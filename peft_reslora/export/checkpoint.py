@@ -70,6 +70,15 @@ class LoraExport:
     report: ExportReport
     diffusers_prefix: str | None = None
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each layer in the file."""
+        found: dict[str, tuple[int, int]] = {}
+        for key, A in self.state_dict.items():
+            if key.endswith(".lora_A.weight"):
+                name = key.removesuffix(".lora_A.weight")
+                found[name.removeprefix(PREFIX)] = A.shape[1], self.state_dict[f"{name}.lora_B.weight"].shape[0]
+        return found
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.export.base import unknown_layers
 from peft_reslora.export.card import is_local, method_name
 from peft_reslora.export.checkpoint import PREFIX, LoraExport
 from peft_reslora.export.files import read_adapter, targets_in_files, updates_in_files
@@ -22,7 +23,10 @@ from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
     diffusers_prefix,
+    name_of,
     refuse_config,
+    refuse_resized,
+    tied_layers,
     updates_in_model,
 )
 from peft_reslora.export.targets import (
@@ -31,9 +35,11 @@ from peft_reslora.export.targets import (
     matched_besides,
     missing_partners,
     named_base_modules,
+    refuse_misfits,
     target_names,
     tuner_layers,
 )
+from peft_reslora.names import unwrapped
 
 _VLLM_DEFAULT_MAX_RANK = 16
 
@@ -141,9 +147,11 @@ def export_lora_from_files(
 
 def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: bool, progressbar: bool) -> LoraExport:
     """What `export_lora` does, without its warnings: those point to the line that called a public function."""
+    model = unwrapped(model)
     config = config_in_model(model, adapter_name)
     refuse_config(config, adapter_name)
     base_model = base_model_of(model)
+    refuse_resized(base_model, config, adapter_name)
     modules = named_base_modules(base_model)
     updates = updates_in_model(modules, adapter_name, fit, progressbar)
     zeros, targets = _complete(updates, modules, fill_missing_layers)
@@ -153,13 +161,17 @@ def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: 
         target_modules=targets,
         fan_in_fan_out=any(isinstance(tuner_layers(modules[n])[-1].get_base_layer(), Conv1D) for n in updates),
         task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path or _name_of(base_model),
+        base_model_name_or_path=config.base_model_name_or_path or name_of(base_model),
         revision=config.revision,
         auto_mapping=auto_mapping if config.task_type is None else None,
     )
     unfilled = "" if fill_missing_layers else ", fill_missing_layers=False"
     call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{unfilled})"
-    return _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_class))
+    export = _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_class))
+    refuse_misfits(export.shapes(), modules)
+    export.report.tied.update(tied_layers(updates, modules))
+    export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))
+    return export
 
 
 def _complete(
@@ -231,11 +243,7 @@ def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerR
 def _warn(export: LoraExport) -> None:
     """Say what the export will meet elsewhere; called by the function that the user called."""
     r, base = export.config.r, export.config.base_model_name_or_path
-    sides: dict[str, int] = {}  # the smaller one of each module
-    for key, tensor in export.state_dict.items():
-        name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
-        side = tensor.shape[1] if factor.startswith("A") else tensor.shape[0]
-        sides[name] = min(side, sides.get(name, side))
+    sides = {name: min(shape) for name, shape in export.shapes().items()}
     if r > _VLLM_DEFAULT_MAX_RANK:
         warnings.warn(f"The LoRA has r={r}: vLLM needs --max-lora-rank {r} to serve it.", stacklevel=3)
     if narrow := [name for name, side in sides.items() if side < r]:
@@ -245,17 +253,11 @@ def _warn(export: LoraExport) -> None:
             "llama.cpp, or export with a lower rank=.",
             stacklevel=3,
         )
+    for note in export.report.notes():
+        warnings.warn(note, stacklevel=3)
     if base is not None and is_local(base):
         warnings.warn(
             f"The base model of the LoRA is the local path {base!r}, which others cannot load. Set "
             "export.config.base_model_name_or_path to its Hub id before saving.",
             stacklevel=3,
         )
-
-
-def _name_of(base_model: nn.Module) -> str | None:
-    """Where the base model came from: transformers keep it on the model, diffusers in its config."""
-    name = getattr(base_model, "name_or_path", None) or getattr(
-        getattr(base_model, "config", None), "_name_or_path", None
-    )
-    return name or None

@@ -49,6 +49,8 @@ class ExportReport:
         dtype: of the tensors in the file.
         layers: a row for each layer of the adapter.
         filled: layers without an update, which are in the file as zeros.
+        tied: layers of the adapter that share their weight with another module; that module's name by theirs.
+        unknown: layers that a model of the base's class lacks when it is built from its config.
     """
 
     method: str
@@ -57,6 +59,8 @@ class ExportReport:
     dtype: str
     layers: list[LayerReport]
     filled: list[str]
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    unknown: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def exact(self) -> bool:
@@ -84,7 +88,21 @@ class ExportReport:
             )
         if self.filled:
             text += f". {len(self.filled)} layers without an update are filled with zeros"
-        return f"{text}."
+        return " ".join([f"{text}.", *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What one has to know before the export is used, a sentence each."""
+        notes = [
+            f"Layer {layer!r} shares its weight with {other!r}: apply the LoRA beside that weight, as PEFT does, and "
+            "do not merge it in, which would change both."
+            for layer, other in self.tied.items()
+        ]
+        if self.unknown:
+            notes.append(
+                f"{len(self.unknown)} layers are in no model of the base's class as its config builds it, "
+                f"{self.unknown[0]!r} among them: a program that builds it so does not find them."
+            )
+        return notes
 
     def __str__(self) -> str:
         rows = [COLUMNS, *(layer.cells() for layer in self.layers)]

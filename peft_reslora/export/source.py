@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
+from peft_reslora.export.base import config_of_base
 from peft_reslora.export.card import method_name
 from peft_reslora.export.factors import layer_factors
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
@@ -63,6 +65,58 @@ def refuse_config(config: PeftConfig, adapter_name: str) -> None:
             faults.append(f"{field.name} makes the update another than scaling * B @ A")
     if faults:
         raise ValueError(f"Adapter {adapter_name!r} fits into no plain LoRA: {'; '.join(faults)}. {MERGE_INSTEAD}")
+
+
+def refuse_resized(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Refuse an adapter of a base with another vocabulary than it was loaded with: PEFT saves the new rows of the
+    embedding with the native adapter, and a LoRA has no place for them.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    own = getattr(base_model, "config", None)
+    if not isinstance(own, PretrainedConfig):
+        return
+    loaded = config_of_base(config, None if config.base_model_name_or_path else name_of(base_model))
+    sizes = [size for c in (own, loaded) if c is not None and (size := _vocabulary(c)) is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"The base model of adapter {adapter_name!r} has a vocabulary of {sizes[0]}, and it was loaded with one "
+            f"of {sizes[1]} (resize_token_embeddings): a LoRA cannot hold the rows that were added. Save the resized "
+            "base model, set config.base_model_name_or_path to where it is, and export again; or use "
+            "merge_and_unload() and save the whole model."
+        )
+
+
+def _vocabulary(config: PretrainedConfig) -> int | None:
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # several parts of the model read text
+        return None
+
+
+def name_of(base_model: nn.Module) -> str | None:
+    """Where the base model came from: transformers keep it on the model, diffusers in its config."""
+    name = getattr(base_model, "name_or_path", None) or getattr(
+        getattr(base_model, "config", None), "_name_or_path", None
+    )
+    return name or None
+
+
+def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The exported layers whose weight another module uses as its own, such as an embedding; with that module."""
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        *_, base = layers_over(module)
+        for parameter in base._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(user for user in names if user != name)
+        for names in users.values()
+        for name in names
+        if len(names) > 1 and name in exported
+    }
 
 
 @torch.no_grad()

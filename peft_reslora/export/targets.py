@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -54,6 +55,28 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(base, Conv1D):
         return base.nx, base.nf
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
+
+
+def refuse_misfits(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, nn.Module]) -> None:
+    """Check that what is exported are updates of the base model's layers, under the names that these have there.
+
+    Args:
+        shapes: (in_features, out_features) of each exported update.
+        modules: of the base model, as from `named_base_modules`.
+
+    Raises:
+        ValueError: naming the layer that is not there, or has another shape.
+    """
+    for name, shape in shapes.items():
+        module = modules.get(name)
+        layers: list[Any] = [] if module is None else tuner_layers(module)  # of quantised layers they know the shape
+        own = (layers[-1].in_features, layers[-1].out_features) if layers else module and linear_shape(module)
+        if own != shape:
+            there = f"a layer with {own[0]} and {own[1]}" if own else "no such layer"
+            raise ValueError(
+                f"The update of layer {name!r} is for {shape[0]} inputs and {shape[1]} outputs, and the base model "
+                f"has {there} there. Gather a sharded model first, or load the adapter onto its base model."
+            )
 
 
 def missing_partners(exported: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:

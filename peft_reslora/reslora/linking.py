@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_reslora.names import bare_name
 from peft_reslora.reslora.chain import ChainTable, Target, find_chains
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer
@@ -66,7 +67,7 @@ def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ResLoRALayer) and adapter_name in module.lora_A:
-            yield name.removeprefix("base_model.model."), module
+            yield bare_name(name, model).removeprefix("base_model.model."), module
 
 
 def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> ChainTable:
@@ -85,7 +86,7 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
             continue  # PEFT knows no way to adapt it, and says so when asked
         pattern = config.rank_pattern or {}
         rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
-        targets.append(Target(name, in_features, out_features, rank))
+        targets.append(Target(bare_name(name, model), in_features, out_features, rank))
     if refused:
         raise ValueError(
             f"ResLoRA adapts linear layers (torch.nn.Linear, transformers' Conv1D and their quantised forms), not "

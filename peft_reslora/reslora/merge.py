@@ -276,15 +276,31 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
                 f"The checkpoint does not hold a pair of factors (r, in_features), (out_features, r) for layer "
                 f"{name!r}, but {shapes}. It is damaged or not a ResLoRA adapter; save the adapter again."
             )
+        _check_shortcut_parts(name, A, found)
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
-        if C is not None and C.shape != A.shape:
-            raise ValueError(
-                f"The checkpoint's {SHORTCUT_PARTS[0]} for layer {name!r} has the shape {tuple(C.shape)} instead of "
-                f"lora_A's {tuple(A.shape)}. It is damaged; calibrate and save the adapter again."
-            )
         scaling, t = scaling_of(config, name, A.shape[0]), 0.0 if annealed is None else float(annealed)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
     return blocks
+
+
+def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an estimate of another shape, and the parts that mean nothing without their estimate."""
+    C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
+    faults = []
+    if C is not None and C.shape != A.shape:
+        faults.append(f"{SHORTCUT_PARTS[0]} has the shape {tuple(C.shape)} instead of lora_A's {tuple(A.shape)}")
+    if (C is None) != (sketch is None and annealed is None):
+        held = ", ".join(part for part in SHORTCUT_PARTS if part in found)
+        faults.append(f"of an estimate it holds only {held}")
+    if sketch is not None and sketch.shape != (2 * A.shape[0],):
+        faults.append(f"{SHORTCUT_PARTS[1]} has the shape {tuple(sketch.shape)} instead of {(2 * A.shape[0],)}")
+    if annealed is not None and not (annealed.numel() == 1 and 0.0 <= float(annealed) <= 1.0):
+        faults.append(f"{SHORTCUT_PARTS[2]} is no share between 0 and 1")
+    if faults:
+        raise ValueError(
+            f"The checkpoint's estimate of the shortcut for layer {name!r} cannot be used: {'; '.join(faults)}. It is "
+            "damaged; calibrate or anneal, and save the adapter again."
+        )
 
 
 def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> ChainTable:
