@@ -305,7 +305,7 @@ def test_inspect_shows_the_sizes_of_mora(command: Callable[..., Done], tmp_path:
     assert ["model.layers.*.self_attn.q_proj", "rotation", "4", "14", "196", "4"] in rows  # 14 * 14 ~ 4 * (24 + 24)
     assert ["model.layers.*.mlp.up_proj", "sharing", "40", "51", "2601", "4"] in rows  # 51 * 51 ~ 40 * (24 + 40)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| model.layers.*.mlp.up_proj | sharing | 40 | 51 | 2601 | 4 |" in card
+    assert "| `model.layers.*.mlp.up_proj` | sharing | 40 | 51 | 2601 | 4 |" in card
 
 
 def test_inspect_shows_the_chains_a_model_would_get(command: Callable[..., Done], base: Path, tmp_path: Path) -> None:

@@ -335,8 +335,8 @@ def test_files_of_another_rank_than_the_config_are_refused(tuner: str, tmp_path:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (without("lora_shortcut"), "of an estimate it holds only lora_annealed"),
-        (without("lora_annealed"), "of an estimate it holds only lora_shortcut"),
+        (without("lora_shortcut"), "it holds lora_annealed without lora_shortcut"),
+        (without("lora_annealed"), "it holds lora_shortcut and nothing"),
         (lambda t: {k: v * 1.5 if "annealed" in k else v for k, v in t.items()}, "no share between 0 and 1"),
         (lambda t: {k: v * float("nan") if "annealed" in k else v for k, v in t.items()}, "no share between 0 and 1"),
         (lambda t: {k: v[:1].clone() if "lora_shortcut" in k else v for k, v in t.items()}, "has the shape"),

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from peft_reslora.export.report import COLUMNS, ExportReport
+from peft_reslora.export.text import code, code_block, prose
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.model import size_table
 from peft_reslora.saving import WEIGHTS_FILE
@@ -37,14 +38,14 @@ def lora_card(config: PeftConfig, report: ExportReport, command: str | None = No
         command: the shell command that made it, if it was one.
     """
     method = report.method.split(" ")[0]
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(layer.cells() for layer in report.layers)]
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows += [(code(name), *map(prose, others)) for name, *others in (layer.cells() for layer in report.layers)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    language = "sh" if command else "python"
     return f"""{_head(config, ["lora", method.lower()])}
-# LoRA from {report.method}
+# LoRA from {prose(report.method)}
 
 A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
-`peft_reslora`. The adapter was trained with {method}.
+`peft_reslora`. The adapter was trained with {prose(method)}.
 
 ```python
 from peft import PeftModel
@@ -54,15 +55,13 @@ model = PeftModel.from_pretrained(base_model, "path/or/repo")
 
 ## What the conversion kept
 
-{report.summary()}
+{prose(report.summary())}
 
 {table}
 
 ## How it was made
 
-```{language}
-{command or report.call}
-```
+{code_block("sh", command) if command else code_block("python", report.call)}
 
 {_versions()}
 """
@@ -102,7 +101,7 @@ def _mora_sizes(folder: Path, config: PeftConfig) -> str:
     with safe_open(weights, framework="pt") as tensors:
         sides = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys()}  # noqa: SIM118 - no iterator
     header, *rows = size_table(config, sides)
-    lines = [header, ("---",) * len(header), *rows]
+    lines = [header, ("---",) * len(header), *((code(role), *map(prose, others)) for role, *others in rows)]
     return "\n## Sizes\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -128,7 +127,7 @@ def is_local(base_model: str) -> bool:
 
 def _native_text(config: PeftConfig) -> str:
     """How to use an adapter as it was trained, with `peft_reslora`'s own `peft_type`."""
-    return f"""# {method_name(config)} adapter
+    return f"""# {prose(method_name(config))} adapter
 
 This adapter is no standard LoRA; loading it takes the package `peft_reslora`:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from peft_reslora.export.base import config_of_base, fitting_bases
 from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.factors import Factors, factorise
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
+from peft_reslora.export.patterns import refuse_slow_patterns
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
@@ -37,11 +38,11 @@ from peft_reslora.reslora.merge import (
 )
 from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
 
-# What the file of an adapter holds for each layer.
+# What the file of an adapter holds for each layer; the last of the two own methods is the stamp of native files.
 _PARTS = {
     "LORA": ("lora_A.weight", "lora_B.weight"),
-    "MORA": ("mora_M",),
-    "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS),
+    "MORA": ("mora_M", "mora_stamp"),
+    "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS, "lora_magnitude_vector"),
 }
 _WITH_BASE = "Export it with its base model instead: `peft-reslora export --base MODEL`, or export_lora(model)."
 _LARGEST_CONFIG = 2**24  # bytes
@@ -91,6 +92,8 @@ def read_config(folder: Path) -> PeftConfig:
         if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
             raise ValueError("it is no JSON object")
         config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type is None:
+            raise ValueError("it names no peft_type")
         if faults := _faults(config):
             raise ValueError("; ".join(faults))
     except Exception as error:  # PEFT and json raise what the file makes them: KeyError, RecursionError and others
@@ -135,8 +138,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     base_config = config_of_base(config)
     found = iter(()) if base_config is None else fitting_bases(config, base_config, tensors)
     base = next((model for _, model in found), None)
+    refuse_slow_patterns(config, [*tensors, *(() if base is None else (name for name, _ in base.named_modules()))])
     adapter = SavedAdapter(folder.name, config, tensors, base)
-    _refuse_uncovered(adapter)
+    refuse_uncovered(config, tensors, folder.name)
     _refuse_other_ranks(adapter)
     _refuse_missing(adapter, sealed=_is_sealed(folder / WEIGHTS_FILE))
     return adapter
@@ -177,6 +181,8 @@ def _factors_in_files(adapter: SavedAdapter, approximate: bool) -> Iterator[tupl
     elif isinstance(config, MoRAConfig):
         modules = _modules_of_base(adapter)
         for name, parts in adapter.tensors.items():
+            if "mora_M" not in parts:
+                raise ValueError(f"Adapter {adapter.name!r}, layer {name!r}: its matrix is not in the file.")
             shape = linear_shape(modules[name])
             yield name, lambda M=parts["mora_M"], n=name, s=shape: _mora(config, n, M, s, approximate), EXACT  # type: ignore[misc]
     elif isinstance(config, LoraConfig):
@@ -269,21 +275,24 @@ def _by_layer(
         found[part] = tensor
     if others:
         raise ValueError(
-            f"Adapter {adapter_name!r} holds more than {'MoRA matrices' if len(parts) == 1 else 'LoRA factors'} "
+            f"Adapter {adapter_name!r} holds more than {'MoRA matrices' if parts[0] == 'mora_M' else 'LoRA factors'} "
             f"({', '.join(others[:3])}): modules_to_save, new tokens, embeddings or copies of base weights fit into "
             f"no plain LoRA. {MERGE_INSTEAD}"
         )
     return layers
 
 
-def _refuse_uncovered(adapter: SavedAdapter) -> None:
-    """Refuse tensors of layers that the config does not target: PEFT would leave them out."""
-    config: Any = adapter.config
+def refuse_uncovered(config: Any, layers: Collection[str], adapter_name: str) -> None:
+    """Refuse tensors of layers that the config does not target: PEFT would leave them out without a word.
+
+    Raises:
+        ValueError: naming such a layer.
+    """
     if config.target_modules in (None, "all-linear"):  # PEFT asks the base model
         return
-    if outside := [name for name in adapter.tensors if not check_target_module_exists(config, name)]:
+    if outside := [name for name in layers if not check_target_module_exists(config, name)]:
         raise ValueError(
-            f"Adapter {adapter.name!r} holds tensors of {len(outside)} layers that its config does not target, "
+            f"Adapter {adapter_name!r} holds tensors of {len(outside)} layers that its config does not target, "
             f"{outside[0]!r} among them: config and tensors are not of one adapter. Take both from one save."
         )
 
@@ -334,7 +343,7 @@ def _refuse_missing(adapter: SavedAdapter, sealed: bool) -> None:
 def _gaps(config: LoraConfig, names: list[str]) -> list[str]:
     """What a list of targets would reach in a regular base: the layers of one role are in all blocks of a stack."""
     targets: Any = config.target_modules
-    if isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
+    if not targets or isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
         return []
     endings = {ending for name in names for ending in endings_of(name)}
     if single := [target for target in targets if _block_numbers(target)]:
@@ -399,8 +408,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "target_modules": (_is_names, "names or a regular expression"),
     "exclude_modules": (_is_names, "names or a regular expression"),
+    "modules_to_save": (_is_names, "names"),
     "layers_to_transform": (_is_indices, "integers"),
     "layers_pattern": (_is_names, "names"),
+    "chain_pattern": (_is_names, "regular expressions"),
+    "norm_window": (_is_rank, "a positive integer"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
     "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
     "base_model_name_or_path": (_is_text, "a name"),

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from peft_reslora.export.text import printable
+
 COLUMNS = ("layer", "exact", "merge", "rank", "kept", "energy kept", "relative error")
 
 
@@ -35,7 +37,7 @@ class LayerReport:
     def cells(self) -> tuple[str, ...]:
         """The row of the table, under `COLUMNS`."""
         numbers = (self.rank_before, self.rank_after, f"{self.energy_kept:.6f}", f"{self.relative_error:.2e}")
-        return (self.layer, "yes" if self.exact else "no", self.merge, *map(str, numbers))
+        return (printable(self.layer), "yes" if self.exact else "no", self.merge, *map(str, numbers))
 
 
 @dataclass(frozen=True)

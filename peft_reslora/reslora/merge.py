@@ -284,14 +284,15 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
 
 
 def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
-    """Refuse an estimate of another shape, and the parts that mean nothing without their estimate."""
+    """Refuse an estimate of another shape, and a share of one that is not there."""
     C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
     faults = []
     if C is not None and C.shape != A.shape:
         faults.append(f"{SHORTCUT_PARTS[0]} has the shape {tuple(C.shape)} instead of lora_A's {tuple(A.shape)}")
-    if (C is None) != (sketch is None and annealed is None):
-        held = ", ".join(part for part in SHORTCUT_PARTS if part in found)
-        faults.append(f"of an estimate it holds only {held}")
+    if annealed is not None and C is None:
+        faults.append(f"it holds {SHORTCUT_PARTS[2]} without {SHORTCUT_PARTS[0]}")
+    if C is not None and sketch is None and annealed is None:
+        faults.append(f"it holds {SHORTCUT_PARTS[0]} and nothing that says what it is for")
     if sketch is not None and sketch.shape != (2 * A.shape[0],):
         faults.append(f"{SHORTCUT_PARTS[1]} has the shape {tuple(sketch.shape)} instead of {(2 * A.shape[0],)}")
     if annealed is not None and not (annealed.numel() == 1 and 0.0 <= float(annealed) <= 1.0):
