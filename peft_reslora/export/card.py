@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
@@ -16,6 +18,9 @@ from peft_reslora.export.text import code, code_block, prose
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.model import size_table
 from peft_reslora.saving import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from peft_reslora.export.checkpoint import LoraExport
 
 # Where the task type leaves no doubt; sequence to sequence may be translation, summarization and others.
 _PIPELINE_TAGS = {
@@ -38,9 +43,6 @@ def lora_card(config: PeftConfig, report: ExportReport, command: str | None = No
         command: the shell command that made it, if it was one.
     """
     method = report.method.split(" ")[0]
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [(code(name), *map(prose, others)) for name, *others in (layer.cells() for layer in report.layers)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""{_head(config, ["lora", method.lower()])}
 # LoRA from {prose(report.method)}
 
@@ -55,13 +57,33 @@ model = PeftModel.from_pretrained(base_model, "path/or/repo")
 
 ## What the conversion kept
 
-{prose(report.summary())}
-
-{table}
+{_kept(report)}
 
 ## How it was made
 
 {code_block("sh", command) if command else code_block("python", report.call)}
+
+{_versions()}
+"""
+
+
+def pipeline_card(components: Mapping[str, LoraExport]) -> str:
+    """The `README.md` beside one file with the exports of several models of a diffusers pipeline."""
+    methods = sorted({export.report.method.split(" ")[0] for export in components.values()})
+    parts = "\n\n".join(f"### {code(name)}\n\n{_kept(export.report)}" for name, export in components.items())
+    config = next(iter(components.values())).config
+    return f"""{_head(config, ["lora", *map(str.lower, methods)])}
+# LoRA from {prose(", ".join(methods))} for a diffusers pipeline
+
+A standard LoRA for the models {", ".join(map(code, components))}: it loads without `peft_reslora`.
+
+```python
+pipeline.load_lora_weights("path/or/repo")
+```
+
+## What the conversion kept
+
+{parts}
 
 {_versions()}
 """
@@ -91,6 +113,14 @@ def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> Non
     method = method_name(config).split(" ")[0].lower()
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), method]))
     card.save(file)
+
+
+def _kept(report: ExportReport) -> str:
+    """What the conversion kept, in words and as a table."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows += [(code(name), *map(prose, others)) for name, *others in (layer.cells() for layer in report.layers)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{prose(report.summary())}\n\n{table}"
 
 
 def _mora_sizes(folder: Path, config: PeftConfig) -> str:

@@ -18,11 +18,11 @@ from peft_reslora.export.card import is_local, method_name
 from peft_reslora.export.checkpoint import PREFIX, LoraExport
 from peft_reslora.export.files import read_adapter, targets_in_files, updates_in_files
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
+from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.report import ExportReport, LayerReport
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
-    diffusers_prefix,
     name_of,
     refuse_config,
     refuse_resized,
@@ -167,7 +167,7 @@ def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: 
     )
     unfilled = "" if fill_missing_layers else ", fill_missing_layers=False"
     call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{unfilled})"
-    export = _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_class))
+    export = _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_model))
     refuse_misfits(export.shapes(), modules)
     export.report.tied.update(tied_layers(updates, modules))
     export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))

@@ -159,14 +159,6 @@ def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> str:
     return f"estimated by {chain.config.merge_estimator}"
 
 
-def diffusers_prefix(base_class: type) -> str | None:
-    """The name under which a diffusers pipeline holds such a model; None for the models of other libraries."""
-    names = {c.__name__ for c in base_class.__mro__ if c.__module__.split(".")[0] == "diffusers"}
-    if "ModelMixin" not in names:
-        return None
-    return "unet" if any("UNet" in name for name in names) else "transformer"
-
-
 @contextmanager
 def in_layer(adapter_name: str, layer: str) -> Iterator[None]:
     """Put adapter and layer before the reason for which a layer is refused."""
