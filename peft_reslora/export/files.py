@@ -28,6 +28,7 @@ from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.operators import delta_weight, sharing_factors, square_size
 from peft_reslora.names import bare_name
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merge import (
     SHORTCUT_PARTS,
@@ -146,7 +147,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return adapter
 
 
-@torch.no_grad()
+@full_precision()
 def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]:
     """The update of every layer of a saved adapter, by the module's name in the base model.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,8 +18,11 @@ from peft_reslora.export.base import config_of_base
 from peft_reslora.export.card import method_name
 from peft_reslora.export.factors import layer_factors
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
-from peft_reslora.export.targets import layers_over
+from peft_reslora.export.targets import layers_over, tuner_layers
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linking import chains_among
+from peft_reslora.reslora.variant import planned
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
 
@@ -119,7 +122,7 @@ def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> 
     }
 
 
-@torch.no_grad()
+@full_precision()
 def updates_in_model(
     modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
 ) -> dict[str, FittedUpdate]:
@@ -135,17 +138,19 @@ def updates_in_model(
         ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
     """
     updates = {}
-    for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
-        for layer in layers_over(module):
-            if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._get_available_adapters():
-                raise ValueError(
-                    f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which no "
-                    f"LoRA can hold. {MERGE_INSTEAD}"
-                )
-            if isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters():
-                with in_layer(adapter_name, name):
-                    factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-                    updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
+    layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
+    with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
+        for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
+            for layer in layers_over(module):
+                if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._get_available_adapters():
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which "
+                        f"no LoRA can hold. {MERGE_INSTEAD}"
+                    )
+                if isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters():
+                    with in_layer(adapter_name, name):
+                        factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
+                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates

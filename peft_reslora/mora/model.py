@@ -20,8 +20,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.base_weights import merged_or_not, refuse_inseparable, refuse_shared_modules, refuse_unknown, untie
+from peft_reslora.precision import full_precision
+
 from .config import MoRAConfig
-from .layer import MoRALayer, MoRALinear, broken_adapter_message
+from .layer import MoRALayer, MoRALinear
 from .operators import MoRAType
 
 
@@ -122,27 +125,44 @@ class MoRAModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
-        if safe_merge:
-            self._refuse_broken_matrices(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        """As in PEFT, but what cannot be merged is refused before the first layer is changed."""
+        self._check_mergeable(adapter_names, safe_merge)
+        with merged_or_not(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    @full_precision()
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+
+    @full_precision()
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
-        if safe_merge:
-            self._refuse_broken_matrices(adapter_names)
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        """As in PEFT, but what cannot be merged is refused before the first layer is changed."""
+        layers = self._check_mergeable(adapter_names, safe_merge)
+        refuse_inseparable(self.model, layers)
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        untie(merged, layers)
+        return merged
 
-    def _refuse_broken_matrices(self, adapter_names: list[str] | None) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, MoRALayer):
-                for name in layer.active_adapters if adapter_names is None else adapter_names:
-                    M = layer.mora_M.get(name)
-                    if M is not None and not M.is_meta and not torch.isfinite(M).all():
-                        raise ValueError(broken_adapter_message(name))
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> dict[str, MoRALinear]:
+        """The layers into which the adapters are merged or are to be, if they can be."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_unknown(names, self.peft_config)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, MoRALinear) and (module.merged or module.adapters_to_merge(names))
+        }
+        refuse_shared_modules(self.model, layers)
+        for layer in layers.values():
+            layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
+        return layers
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT would warn of them before a merge; here they get weights of their own (0.21.2)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -30,8 +30,13 @@ _REFUSED_BASE_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAtten
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
     """The chains of one adapter, found on the layers themselves."""
+    return chains_among(model.modules(), adapter_name)
+
+
+def chains_among(modules: Iterable[nn.Module], adapter_name: str) -> list[Chain]:
+    """The chains of one adapter to which any of the modules belongs."""
     found: dict[int, Chain] = {}
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, ResLoRALayer) and (place := module.chain_of(adapter_name)) is not None:
             found.setdefault(id(place[0]), place[0])
     return list(found.values())

@@ -60,6 +60,34 @@ class Block:
         return (A, B) if like is None else (A.to(like.device), B.to(like.device))
 
 
+@dataclass(frozen=True)
+class ChainMerge:
+    """How one chain merges, computed once: for whoever merges, exports or reports it.
+
+    Args:
+        blocks: the chain's layers.
+        config: the adapter's config.
+        coefficients: those of `shortcut_coefficients`.
+    """
+
+    blocks: Sequence[Block]
+    config: ResLoRAConfig
+    coefficients: Sequence[Sequence[float]]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], config: ResLoRAConfig) -> ChainMerge:
+        """Reads each base weight at most once.
+
+        Raises:
+            ValueError: as `shortcut_coefficients`.
+        """
+        return cls(blocks, config, shortcut_coefficients(blocks, config))
+
+    def factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
+        return merged_factors(self.blocks, position, self.config, self.coefficients)
+
+
 def merged_factors(
     chain: Sequence[Block], position: int, config: ResLoRAConfig, coefficients: Sequence[Sequence[float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +160,8 @@ def shortcut_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> list
         case "drop":
             coefficients = [[0.0] * m for m in earlier]
         case "least_squares":  # C_n takes the place of all of them
-            for block in chain[1:]:
-                _check_calibration(block)
+            for position, block in enumerate(chain):
+                _check_calibration(block, is_linked=position > 0)
             coefficients = [[0.0] * m for m in earlier]
         case "input_norm":  # a_{n-k} = f_{n-k} / f_n (Eq. 9 and 12)
             f = [_mean_norm(block) for block in chain]
@@ -163,7 +191,7 @@ def _weight_norm_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> 
                 "adapter's files. Load the adapter onto its base model, or set merge_estimator to another."
             )
         A, B = merged_factors(chain, n, config, coefficients)
-        norm = float(torch.linalg.matrix_norm(block.base_weight().to(B) + B @ A))
+        norm = float(torch.linalg.matrix_norm(torch.addmm(block.base_weight().to(B), B, A)))
         f.append(_checked_norm(norm, block.name, "merged weight"))
     return coefficients
 
@@ -180,14 +208,18 @@ def _mean_norm(block: Block) -> float:
     return _checked_norm(float(recorded.mean()), block.name, "recorded input")
 
 
-def _check_calibration(block: Block) -> None:
-    """Refuse to merge with a C_n that is missing, or was fitted for factors that have changed since.
+def _check_calibration(block: Block, is_linked: bool) -> None:
+    """Refuse to merge with a C_n that is missing, or was fitted while this layer had other factors.
 
-    Factors may have been rounded by a cast, or moved by less than a hundredth: the regression's residual is larger.
+    C_n belongs to the factors of all layers before it, whose outputs it was fitted on; so every layer has a sketch,
+    the first of a chain too, which has no C_n (nor has it a sketch in adapters saved by 0.1.0). Factors may have been
+    rounded by a cast, or moved by less than a hundredth: the regression's residual is larger.
     """
     if block.annealed > 0.0:  # C_n is part of the forward pass, whatever it was fitted for
         return
-    if block.shortcut is None or block.sketch is None:
+    if block.sketch is None and not is_linked:
+        return
+    if block.sketch is None or (block.shortcut is None and is_linked):
         raise ValueError(
             f"merge_estimator='least_squares' needs a calibrated adapter, and the one on layer {block.name!r} is not. "
             "Call calibrate_merge(model, batches), or set config.merge_estimator to 'input_norm', 'weight_norm' or "
@@ -247,10 +279,9 @@ def merged_factors_from_state_dict(
     blocks = blocks_from_state_dict(config, state_dict)
     merged = {}
     for chain in chains_of_blocks(config, blocks).chains:
-        members = [blocks[target.name] for target in chain]
-        coefficients = shortcut_coefficients(members, config)
-        for position, block in enumerate(members):
-            A, B = merged_factors(members, position, config, coefficients)
+        merge = ChainMerge.of([blocks[target.name] for target in chain], config)
+        for position, block in enumerate(merge.blocks):
+            A, B = merge.factors(position)
             check_finite(A, B, block.name, "default")
             merged[block.name] = A, B
     return {name: merged[name] for name in blocks}

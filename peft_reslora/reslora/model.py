@@ -12,11 +12,20 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from peft_reslora.base_weights import (
+    broken_adapter_message,
+    merged_or_not,
+    refuse_inseparable,
+    refuse_shared_modules,
+    refuse_unknown,
+    untie,
+)
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
-from peft_reslora.reslora.variant import Chain, restore, stored
+from peft_reslora.reslora.variant import Chain, planned, restore, stored
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +63,19 @@ class ResLoRAModel(LoraModel):
         )
         as_reslora_layer(getattr(parent, target_name), current_key)
 
+    @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        with self._planned_merge(adapter_names, safe_merge, keep_base_weights=True):
+        with self._planned_merge(adapter_names, safe_merge, keep_base_weights=True), merged_or_not(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    @full_precision()
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT would warn of them before a merge; here they get weights of their own (0.21.2)
+
+    @full_precision()
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -67,37 +85,56 @@ class ResLoRAModel(LoraModel):
     ) -> nn.Module:
         nothing: AbstractContextManager[list[Chain]] = nullcontext([])
         plan = self._planned_merge(adapter_names, safe_merge, keep_base_weights=False) if merge else nothing
+        merging = self._adapted_layers(adapter_names) if merge else {}
+        refuse_inseparable(self.model, merging)
         with plan as chains:
             for name in dict.fromkeys(chain.adapter_name for chain in chains):
                 logger.info(describe_merge([chain for chain in chains if chain.adapter_name == name]))
-            return super()._unload_and_optionally_merge(  # type: ignore[return-value]  # PEFT annotates None
+            unloaded: Any = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        untie(unloaded, merging)
+        return unloaded
+
+    def _adapted_layers(self, adapter_names: Sequence[str] | None) -> dict[str, ResLoRALayer]:
+        """The layers into which the adapters, the active ones by default, are merged already or are to be merged.
+
+        Raises:
+            ValueError: for an adapter that the model does not have.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_unknown(names, self.peft_config)
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ResLoRALayer) and (module.merged or module.adapters_to_merge(names))
+        }
 
     @contextmanager
     def _planned_merge(
         self, adapter_names: Sequence[str] | None, safe_merge: bool, keep_base_weights: bool
     ) -> Iterator[list[Chain]]:
         """Compute what a merge needs of all layers before it changes any, and refuse what cannot be merged."""
+        layers = self._adapted_layers(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_shared_modules(self.model, layers)
         chains = [chain for name in names for chain in chains_of(self.model, name)]
         for chain in chains:
             broken = not all(torch.isfinite(b.A).all() and torch.isfinite(b.B).all() for b in chain.blocks())
-            if broken and safe_merge:  # PEFT's own words for it
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {chain.adapter_name} seems to be broken"
-                )
+            if broken and safe_merge:
+                raise ValueError(broken_adapter_message(chain.adapter_name))
             for position in range(len(chain.layers) if broken else 0):
                 chain.merged_factors(position)  # raises, and says which layer
-        try:
-            for chain in chains:
-                chain.planned = chain.coefficients()
-                chain.keeps_base_weights = keep_base_weights
-            yield chains
-        finally:
-            for chain in chains:
-                chain.planned = None
-                chain.keeps_base_weights = True
+        with planned(chains):
+            for layer in layers.values():
+                layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
+            try:
+                for chain in chains:
+                    chain.keeps_base_weights, chain.merges_checked = keep_base_weights, True
+                yield chains
+            finally:
+                for chain in chains:
+                    chain.keeps_base_weights, chain.merges_checked = True, False
 
     def add_weighted_adapter(
         self,

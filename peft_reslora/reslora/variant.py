@@ -5,7 +5,8 @@ PEFT's `LoraVariant` (private, read in 0.21.0 to 0.21.2) is asked for the forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,9 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_reslora.offloading import held_tensor
 from peft_reslora.reslora.chain import reach
-from peft_reslora.reslora.merge import Block, check_finite, merged_factors, shortcut_coefficients
+from peft_reslora.reslora.merge import Block, ChainMerge, check_finite
 from peft_reslora.reslora.relay import Relay
 from peft_reslora.reslora.shortcuts import (
     ProjectedSum,
@@ -49,15 +51,17 @@ class Chain:
         self.config = config
         self.relay = Relay(names, config.pre_num, hands_factors=config.shortcut == "block")
         self.keeps_base_weights = True
-        self.planned: list[list[float]] | None = None
+        self.merges_checked = False  # by whoever merges all layers
+        self.planned: ChainMerge | None = None
+        self.keeps_plan = False
 
     def blocks(self) -> list[Block]:
         name = self.adapter_name
         return [
             Block(
                 layer_name,
-                readable(layer.lora_A[name], layer_name, _FROM_FILES).detach(),
-                readable(layer.lora_B[name], layer_name, _FROM_FILES).detach(),
+                readable(layer.lora_A[name], layer_name, _FROM_FILES, offloaded=True).detach(),
+                readable(layer.lora_B[name], layer_name, _FROM_FILES, offloaded=True).detach(),
                 layer.scaling[name],
                 stored(layer.lora_norm, name),
                 layer.unmerged_base_weight,
@@ -68,15 +72,36 @@ class Chain:
             for layer_name, layer in zip(self.names, self.layers, strict=True)
         ]
 
-    def coefficients(self) -> list[list[float]]:
-        """The coefficients of the merge: those planned before the first weight was changed, or computed now."""
-        return shortcut_coefficients(self.blocks(), self.config) if self.planned is None else self.planned
+    def merge(self) -> ChainMerge:
+        """How the chain merges: as it was planned before the first weight was changed, or computed now."""
+        if self.planned is not None:
+            return self.planned
+        merge = ChainMerge.of(self.blocks(), self.config)
+        if self.keeps_plan:
+            self.planned = merge
+        return merge
+
+    def coefficients(self) -> Sequence[Sequence[float]]:
+        return self.merge().coefficients
 
     def merged_factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
-        A, B = merged_factors(self.blocks(), position, self.config, self.coefficients())
+        A, B = self.merge().factors(position)
         check_finite(A, B, self.names[position], self.adapter_name)
         return A, B
+
+
+@contextmanager
+def planned(chains: Iterable[Chain]) -> Iterator[None]:
+    """Let the merge of each chain be computed once, when it is first asked for, while nothing trains."""
+    chains = [chain for chain in chains if not chain.keeps_plan]
+    for chain in chains:
+        chain.keeps_plan = True
+    try:
+        yield
+    finally:
+        for chain in chains:
+            chain.keeps_plan, chain.planned = False, None
 
 
 class ResLoRAVariant(LoraVariant):
@@ -219,20 +244,13 @@ class ResLoRAVariant(LoraVariant):
     # PEFT calls these three; `orig_weight` is the weight that is to be changed, in its own orientation.
 
     def merge_safe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if self.chain.keeps_base_weights:
-            module.keep_base_weight(active_adapter)
-        return module.add_delta_weight(orig_weight, active_adapter, in_place=True)  # a copy already
+        return module.add_delta_weight(orig_weight, active_adapter)
 
     def merge_unsafe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        keep = self.chain.keeps_base_weights
-        if keep:
-            module.keep_base_weight(active_adapter)
-        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter, in_place=not keep)
+        # Another tensor, and not a write into this one: it is the one that unmerging gives back.
+        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter)
 
     def unmerge(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        kept = module.kept_base_weights.pop(active_adapter, None)
-        if kept is not None:
-            return kept.to(orig_weight.device, orig_weight.dtype)
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
@@ -283,13 +301,19 @@ _FROM_FILES = (
 )
 
 
-def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT) -> torch.Tensor:
+def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT, *, offloaded: bool = False) -> torch.Tensor:
     """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
 
+    Args:
+        linear: lora_A or lora_B.
+        name: the layer's, for the message.
+        advice: what to do, for the message.
+        offloaded: read what accelerate has offloaded from where it is kept, which no gradient reaches.
+
     Raises:
-        RuntimeError: if it is sharded or offloaded.
+        RuntimeError: if it is sharded, or offloaded otherwise.
     """
-    weight = linear.weight
+    weight = held_tensor(linear, "weight") if offloaded else linear.weight
     if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         raise RuntimeError(
             f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
