@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, export_lora_from_files
-from peft_reslora.export.base import base_classes, fitting_bases
+from peft_reslora.export.base import base_classes, fitting_bases, without_weights
 from peft_reslora.export.card import method_name
-from peft_reslora.export.files import read_config, read_tensors, refuse_uncovered
-from peft_reslora.export.patterns import refuse_slow_patterns
+from peft_reslora.export.reading import read_config, read_tensors, refuse_patterns, refuse_uncovered
 from peft_reslora.export.text import printable
 from peft_reslora.mora.model import size_table
 from peft_reslora.names import bare_name
@@ -104,7 +103,7 @@ def inspect(args: Namespace) -> int:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
         raise ValueError(f"{folder} is a saved adapter, which has its own settings; leave out {flags}")
     config, tensors = read_config(folder), read_tensors(folder)
-    refuse_slow_patterns(config, _layer_names(tensors))
+    refuse_patterns(config, _layer_names(tensors))
     say(_describe_adapter(config, tensors))
     return 0
 
@@ -117,8 +116,10 @@ def _chains_of_model(name: str, chosen: dict[str, Any]) -> ChainTable:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no saved adapter, and loading it as a model gives: {error}") from error
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config)
+    classes = base_classes(PeftConfig(), config)  # AutoModel's comes last, and gives the shortest names
+    models = (without_weights(base_class, config) for base_class in reversed(classes))
+    if (model := next((model for model in models if model is not None), None)) is None:
+        raise ValueError(f"transformers has no class that makes a model of the config of {name}")
     table = find_chains_before_injection(model, ResLoRAConfig(**chosen))
     if not table.chains:
         linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
@@ -157,7 +158,7 @@ def _load_adapter_on_base(folder: Path, base: str) -> PeftModel:
     """Load the base as the class that the adapter was trained on, and the adapter onto it; it then names this base."""
     config, layers = read_config(folder), _layer_names(read_tensors(folder))
     base_model = _class_of_base(folder, config, base, layers).from_pretrained(base)
-    refuse_slow_patterns(config, [*layers, *(name for name, _ in base_model.named_modules())])
+    refuse_patterns(config, [*layers, *(name for name, _ in base_model.named_modules())])
     if hasattr(config, "target_modules"):
         refuse_uncovered(config, layers, folder.name)
     try:

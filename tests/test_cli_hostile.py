@@ -15,13 +15,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from test_cli import Done, command  # noqa: F401 - a fixture
 from test_export import adapted, llama, net, outputs, relative
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from peft_reslora import MoRAConfig, ResLoRAConfig
-from peft_reslora.export import export_lora, export_lora_from_files, patterns
+from peft_reslora import MoRAConfig, ResLoRAConfig, fields
+from peft_reslora.export import export_lora, export_lora_from_files
+from peft_reslora.export.reading import by_pattern
 from peft_reslora.export.text import code, code_block, printable, prose
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,7 +46,7 @@ SECONDS = 10  # for what is refused at once, or after a trial, on a machine with
 
 @pytest.fixture(autouse=True)
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_SECONDS", 1)
+    monkeypatch.setattr(fields, "_SECONDS", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +123,7 @@ FIELDS: dict[str, Any] = {
     "slow-ranks": {"rank_pattern": {r"(\w+\.?)+!": 3}},
     "slow-targets": {"target_modules": r"(\w+\.?)+!"},
     "slow-exclude": {"exclude_modules": r"(.*.*)*\d!"},
-    "many-patterns": {"rank_pattern": {f"(.*){n}x": 3 for n in range(20_000)}},
+    "many-patterns": {"rank_pattern": {f"(.*){n}x": 3 for n in range(5_000)}},
 }
 
 
@@ -207,6 +217,14 @@ def test_fuzzed_configs_and_files_are_exported_or_refused(
     assert all(errors)
 
 
+def test_entries_are_found_by_pattern_as_peft_finds_them() -> None:
+    patterns = {"up": 1, r"blocks\.\d+\.(down|gate)": 2, "blocks.1.down": 3, "layers.*.up": 4, "missing|x": 5}
+    for name in ("up", "blocks.0.up", "blocks.1.down", "a.blocks.12.gate", "layers.3.up", "other", "x", "xx"):
+        key = get_pattern_key(list(patterns), name)
+        assert by_pattern(patterns, name, 0) == patterns.get(key, 0)
+    assert by_pattern(None, "up", 7) == 7
+
+
 # What is shown of names
 
 
@@ -284,6 +302,22 @@ def llava() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
 
 
+def test_an_adapter_of_a_part_of_its_base_is_exported_from_files(tmp_path: Path) -> None:
+    """The base's config is that of both towers, and the adapter was trained on one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = CLIPVisionConfig(image_size=8, patch_size=4, **sizes), CLIPTextConfig(vocab_size=31, **sizes)
+    CLIPConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), architectures=["CLIPModel"]
+    ).save_pretrained(tmp_path / "base")
+    config = MoRAConfig(r=2, mora_type="sharing", target_modules=["q_proj", "fc1"])
+    model = adapted(CLIPVisionModel(vision), config)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert set(export_lora_from_files(tmp_path / "adapter").shapes()) == set(
+        export_lora(model, fill_missing_layers=False).shapes()
+    )
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_vision_language_base_is_loaded_as_what_it_was_saved(
     kind: str,
@@ -304,3 +338,6 @@ def test_a_vision_language_base_is_loaded_as_what_it_was_saved(
         loaded = PeftModel.from_pretrained(llava(), tmp_path / "lora").eval()
         effect = outputs(model) - outputs(llava())
         assert relative(outputs(loaded) - outputs(llava()), effect) < 1000 * torch.finfo(torch.float32).eps
+    done = command("inspect", tmp_path / "base", "--target-modules", "q_proj")
+    assert done.code == 0, done.err
+    assert "language_model.layers.*.self_attn.q_proj" in done.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from test_export import IDS, UP_DOWN, adapted, llama, net, outputs, relative
 from torch import nn
@@ -22,8 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import export_lora, export_lora_from_files, save_as_lora
+from peft_reslora.export.targets import matched_besides
 from peft_reslora.names import bare_name, unwrapped
 from peft_reslora.recipes.annealing import anneal_shortcuts
+from peft_reslora.reslora.linking import chains_of
+from peft_reslora.reslora.variant import Chain
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The LoRA has r=", "ignore:The base model of the LoRA", "ignore::FutureWarning"
@@ -139,6 +144,14 @@ def test_names_that_the_base_from_its_config_lacks_are_told_and_not_proved(tmp_p
     assert len(export.report.unknown) == 3
     with pytest.raises(ValueError, match=r"layers\.1"), pytest.warns(UserWarning, match="inner"):
         save_as_lora(tmp_path / "lora", model, base_model=llama())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_proof_on_a_base_without_weights_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        empty = net()
+    with pytest.raises(ValueError, match="without weights"):
+        save_as_lora(tmp_path / "lora", adapted(net(), LoraConfig(r=3, target_modules=UP_DOWN)), base_model=empty)
     assert not list(tmp_path.iterdir())
 
 
@@ -400,3 +413,34 @@ def test_mora_files_of_another_base_are_refused(tmp_path: Path, base_folder: Pat
     rewrite(tmp_path / "native", dict, base_model_name_or_path=str(tmp_path / "wider"))
     with pytest.raises(ValueError, match=r"down_proj.*80 inputs.*do not match"):
         export_lora_from_files(tmp_path / "native")
+
+
+# Costs
+
+
+def test_targets_are_matched_as_peft_matches_them() -> None:
+    """`matched_besides` looks endings up in a set, where PEFT tries each target on each name."""
+    generator = random.Random(0)
+    parts = ["a", "b", "ab", "0", "1", "a_b"]
+    names = {".".join(generator.choices(parts, k=generator.randint(1, 4))) for _ in range(300)}
+    for _ in range(30):
+        targets = generator.sample(sorted(names), 7) + generator.sample(parts, 1)
+        config = LoraConfig(target_modules=targets)
+        expected = [name for name in names if check_target_module_exists(config, name)]
+        exported = expected[::3]
+        assert matched_besides(exported, targets, names) == [name for name in expected if name not in exported]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_an_export_reads_each_chain_a_fixed_number_of_times(shortcut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def counted(model: nn.Module) -> int:
+        before = len(reads)
+        export_lora(model)
+        return len(reads) - before
+
+    read = Chain.blocks
+    monkeypatch.setattr(Chain, "blocks", lambda chain: reads.append(chain) or read(chain))
+    model = adapted(llama(), ResLoRAConfig(r=2, shortcut=shortcut, merge_estimator="drop", **CAUSAL))
+    assert counted(model) == len(chains_of(model, "default"))

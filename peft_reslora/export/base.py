@@ -56,14 +56,15 @@ def fitting_bases(
 ) -> Iterator[tuple[type[nn.Module], nn.Module]]:
     """The classes of `base_classes` whose models have all of these layers, each with a model without weights."""
     for base_class in base_classes(config, base_config):
-        model = without_weights(base_class, base_config)
+        own = [part for part in _parts(base_config) if isinstance(part, base_class.config_class)]  # type: ignore[attr-defined]
+        model = without_weights(base_class, own[0] if own else base_config)
         if model is not None and set(layers) <= {name for name, _ in model.named_modules()}:
             yield base_class, model
 
 
 def without_weights(base_class: Any, config: Any) -> nn.Module | None:
     """A model on the meta device, as its class builds it from its config; None where that does not work."""
-    if _layers_in(config) > _MOST_LAYERS:
+    if not _is_harmless(config):
         return None
     build = getattr(base_class, "_from_config", None) or getattr(base_class, "from_config", base_class)
     try:
@@ -77,7 +78,7 @@ def without_weights(base_class: Any, config: Any) -> nn.Module | None:
 def unknown_layers(base_model: nn.Module, layers: Collection[str]) -> list[str]:
     """Those of the layers that a model of this class lacks when it is built anew from its config.
 
-    None where it cannot be built so: only models of transformers and diffusers can.
+    None of them where it cannot be built so: only models of transformers and diffusers can.
     """
     config = getattr(base_model, "config", None)
     if config is None or not hasattr(type(base_model), "from_pretrained"):
@@ -95,8 +96,16 @@ def _of_auto_class(name: str, base_config: PretrainedConfig) -> Any:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-def _layers_in(config: Any) -> int:
-    """The largest number of layers that a config or one of its parts asks for."""
+def _is_harmless(config: Any) -> bool:
+    """Whether a model of this config is of a size that models have, and built without fetching any weights."""
+    for part in _parts(config):
+        layers = getattr(part, "num_hidden_layers", 0)
+        if getattr(part, "use_pretrained_backbone", False) or (isinstance(layers, int) and layers > _MOST_LAYERS):
+            return False
+    return True
+
+
+def _parts(config: Any) -> list[PretrainedConfig]:
+    """A config of transformers and those in it, such as a vision model's."""
     parts = [config, *(vars(config).values() if isinstance(config, PretrainedConfig) else ())]
-    counts = [getattr(p, "num_hidden_layers", 0) for p in parts if isinstance(p, PretrainedConfig)]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    return [part for part in parts if isinstance(part, PretrainedConfig)]

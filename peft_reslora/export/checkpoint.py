@@ -219,6 +219,8 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
     """
     if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
         raise ValueError("base_model has an adapter already; give the bare base model to check the export on.")
+    if any(tensor.is_meta for tensor in (*base_model.parameters(), *base_model.buffers())):
+        raise ValueError("base_model is offloaded or without weights; give one in memory to check the export on.")
     try:
         loaded = PeftModel.from_pretrained(copy.deepcopy(base_model), str(folder))
     except (ValueError, RuntimeError, KeyError) as error:

@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from peft_reslora.export.base import unknown_layers
 from peft_reslora.export.card import is_local, method_name
 from peft_reslora.export.checkpoint import PREFIX, LoraExport
-from peft_reslora.export.files import read_adapter, targets_in_files, updates_in_files
+from peft_reslora.export.files import targets_in_files, updates_in_files
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
 from peft_reslora.export.pipeline import diffusers_prefix
+from peft_reslora.export.reading import read_adapter
 from peft_reslora.export.report import ExportReport, LayerReport
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
