@@ -29,6 +29,7 @@ from peft_reslora.names import bare_name, unwrapped
 from peft_reslora.recipes.annealing import anneal_shortcuts
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.reslora.variant import Chain
+from peft_reslora.stamps import make_stamp
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The LoRA has r=", "ignore:The base model of the LoRA", "ignore::FutureWarning"
@@ -365,6 +366,48 @@ def test_annealed_files_without_their_estimate_are_refused(
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, change)
     with pytest.raises(ValueError, match=match):
+        export_lora_from_files(tmp_path)
+
+
+def stamped(folder: Path, computations: dict[str, str], parts: tuple[str, ...], stamp: str) -> None:
+    """Give each layer of a saved adapter the stamp that its own layers would."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, computation in computations.items():
+            held = {part: tensors.get(f"{name}.{part}", tensors.get(f"{name}.{part}.weight")) for part in parts}
+            tensors[f"{name}.{stamp}"] = make_stamp(held, computation)
+        return tensors
+
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize("tuner", ["block", "mora"])
+def test_files_that_are_not_what_their_stamps_say_are_refused(tuner: str, tmp_path: Path, base_folder: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
+    saved(tmp_path, native(tuner, **fields), LlamaForCausalLM.from_pretrained(base_folder))
+    names = [f"base_model.model.model.layers.{n}.mlp.up_proj" for n in range(3)]
+    if tuner == "mora":
+        stamped(tmp_path, dict.fromkeys(names, "mora_type='sharing'"), ("mora_M",), "mora_stamp")
+        others: dict[str, Any] = {"mora_type": "decoupling"}
+    else:
+        words = "shortcut='block', pre_num=-1, scaling=4.0, layer {} of its chain"
+        buffers = ("lora_norm", "lora_shortcut", "lora_calibrated", "lora_annealed")
+        computations = {name: words.format(n + 1) for n, name in enumerate(names)}
+        stamped(tmp_path, computations, ("lora_A", "lora_B", *buffers), "lora_magnitude_vector")
+        others = {"pre_num": 1}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert len(export_lora_from_files(tmp_path).report.layers) == 3
+    rewrite(tmp_path, dict, **others)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj'.*another computation"):
+        export_lora_from_files(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda t: {
+            k: v + 1e-3 if "layers.1" in k and k.endswith(("lora_B.weight", "mora_M")) else v for k, v in t.items()
+        },
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj'.*is not what was saved"):
         export_lora_from_files(tmp_path)
 
 

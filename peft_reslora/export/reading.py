@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,19 @@ from peft_reslora.export.base import config_of_base, fitting_bases
 from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.source import MERGE_INSTEAD, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
+from peft_reslora.mora import MoRAConfig
 from peft_reslora.names import bare_name
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merge import SHORTCUT_PARTS
+from peft_reslora.reslora.merge import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
 from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
+from peft_reslora.stamps import fault_against
 
-# What the file of an adapter holds for each layer; the last of the two own methods is the stamp of native files.
+# What the file of an adapter holds for each layer; of native adapters also a stamp (`stamps.py`).
+_STAMPS = {"MORA": "mora_stamp", "RESLORA": "lora_magnitude_vector"}
 PARTS = {
     "LORA": ("lora_A.weight", "lora_B.weight"),
-    "MORA": ("mora_M", "mora_stamp"),
-    "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS, "lora_magnitude_vector"),
+    "MORA": ("mora_M", _STAMPS["MORA"]),
+    "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS, _STAMPS["RESLORA"]),
 }
 WITH_BASE = "Export it with its base model instead: `peft-reslora export --base MODEL`, or export_lora(model)."
 _LARGEST_CONFIG = 2**24  # bytes
@@ -149,6 +152,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     adapter = SavedAdapter(folder.name, config, tensors, base)
     refuse_uncovered(config, tensors, folder.name)
     _refuse_other_ranks(adapter)
+    _refuse_other_stamps(adapter, peft_type)
     _refuse_missing(adapter, sealed=_is_sealed(folder / WEIGHTS_FILE))
     return adapter
 
@@ -229,6 +233,38 @@ def _refuse_other_ranks(adapter: SavedAdapter) -> None:
                 f"Adapter {adapter.name!r}, layer {name!r}: its factors have rank {A.shape[0]}, and the config says "
                 f"{r}: config and tensors are not of one adapter. Take both from one save."
             )
+
+
+def _refuse_other_stamps(adapter: SavedAdapter, peft_type: str) -> None:
+    """Refuse tensors that are not those for which their stamps stand, or stand for with another config."""
+    for name, computation in _computations(adapter):
+        parts = adapter.tensors[name]
+        if (stamp := parts.get(_STAMPS[peft_type])) is None:  # saved by 0.1.0
+            continue
+        own = PARTS[peft_type][:-1]
+        fault = fault_against(stamp, {part.removesuffix(".weight"): parts.get(part) for part in own}, computation)
+        if fault is not None:
+            raise ValueError(
+                f"Adapter {adapter.name!r}, layer {name!r}: {fault}. Config and tensors are not of one save, or the "
+                "file lacks layers. Take both from one save."
+            )
+
+
+def _computations(adapter: SavedAdapter) -> Iterator[tuple[str, str]]:
+    """By layer what decides, besides its tensors, what it computes; in the words of the layers' `computation`."""
+    config = adapter.config
+    if isinstance(config, MoRAConfig):
+        for name in adapter.tensors:
+            yield name, f"mora_type={config.resolve_type(by_pattern(config.rank_pattern, name, config.r))!r}"
+    if isinstance(config, ResLoRAConfig):
+        blocks = blocks_from_state_dict(config, adapter.state_dict())
+        for chain in chains_of_blocks(config, blocks).chains:
+            for position, target in enumerate(chain):
+                yield (
+                    target.name,
+                    f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={blocks[target.name].scaling}, "
+                    f"layer {position + 1} of its chain",
+                )
 
 
 def _refuse_missing(adapter: SavedAdapter, sealed: bool) -> None:
