@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, export_lora_from_files
-from peft_reslora.export.base import base_classes, fitting_bases, without_weights
+from peft_reslora.export.base import base_classes, fitting_bases, is_oversized, without_weights
 from peft_reslora.export.card import method_name
 from peft_reslora.export.reading import read_config, read_tensors, refuse_patterns, refuse_uncovered
 from peft_reslora.export.text import printable
@@ -171,7 +171,8 @@ def _load_adapter_on_base(folder: Path, base: str) -> PeftModel:
 
 def _class_of_base(folder: Path, config: PeftConfig, base: str, layers: set[str]) -> Any:
     """The class of transformers whose models have the adapter's layers; the likeliest one where none has."""
-    base_config = transformers.AutoConfig.from_pretrained(base)
+    if is_oversized(base_config := transformers.AutoConfig.from_pretrained(base)):
+        raise ValueError(f"the config of {base} asks for more layers than any model has")
     fitting = (base_class for base_class, _ in fitting_bases(config, base_config, layers))
     found = next(fitting, None)
     name = (config.auto_mapping or {}).get("base_model_class") if config.task_type is None else None

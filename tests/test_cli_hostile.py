@@ -150,6 +150,23 @@ def test_a_slow_chain_pattern(command: Callable[..., Done], adapters: dict, tmp_
         assert "chain_pattern" in error
 
 
+def test_a_base_of_endless_size(command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+    """From its config alone; also where the adapter names it as its base."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    refused_on_one_line(command("inspect", tmp_path / "base"))
+    refused_on_one_line(command("export", adapters["LORA"], tmp_path / "out", "--base", tmp_path / "base"))
+    folder = shutil.copytree(adapters["MORA"], tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    base = {"base_model_name_or_path": str(tmp_path / "base")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **base}))
+    assert "hold the shapes" in refused_on_one_line(command("export", folder, tmp_path / "out"))
+    (tmp_path / "base" / "config.json").write_bytes(b"[" * 100_000)
+    refused_on_one_line(command("inspect", tmp_path / "base"))
+    refused_on_one_line(command("export", folder, tmp_path / "out", "--base", tmp_path / "base"))
+
+
 WEIGHTS = {
     "empty": b"",
     "text": b"this is no file of tensors, but it is longer than its header",

@@ -64,7 +64,7 @@ def fitting_bases(
 
 def without_weights(base_class: Any, config: Any) -> nn.Module | None:
     """A model on the meta device, as its class builds it from its config; None where that does not work."""
-    if not _is_harmless(config):
+    if is_oversized(config) or _fetches_weights(config):
         return None
     build = getattr(base_class, "_from_config", None) or getattr(base_class, "from_config", base_class)
     try:
@@ -96,13 +96,15 @@ def _of_auto_class(name: str, base_config: PretrainedConfig) -> Any:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-def _is_harmless(config: Any) -> bool:
-    """Whether a model of this config is of a size that models have, and built without fetching any weights."""
-    for part in _parts(config):
-        layers = getattr(part, "num_hidden_layers", 0)
-        if getattr(part, "use_pretrained_backbone", False) or (isinstance(layers, int) and layers > _MOST_LAYERS):
-            return False
-    return True
+def is_oversized(config: Any) -> bool:
+    """Whether a config asks for more layers than models have."""
+    counts = [getattr(part, "num_hidden_layers", 0) for part in _parts(config)]
+    return any(isinstance(count, (int, float)) and count > _MOST_LAYERS for count in counts)
+
+
+def _fetches_weights(config: Any) -> bool:
+    """Whether building the model would load the weights of a part of it."""
+    return any(getattr(part, "use_pretrained_backbone", False) for part in _parts(config))
 
 
 def _parts(config: Any) -> list[PretrainedConfig]:

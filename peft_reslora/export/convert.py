@@ -60,8 +60,9 @@ def export_lora(
     """Turn an adapter into a standard LoRA; the model is left as it is.
 
     Exact for LoRA, AdaLoRA, LoHa, LoKr, ResLoRA's 'block' and MoRA's 'sharing'; ResLoRA's 'input' and 'middle' by the
-    config's `merge_estimator`. All pairs get one rank, the least of 8, 16, 32, 64, 128, 256, 320 and 512 that holds
-    every update, by padding with zeros.
+    config's `merge_estimator`, exact where a layer is annealed or the first of its chain. The names in the file are
+    those of the bare model, also where torch.compile, checkpointing, FSDP or DDP wraps its blocks. All pairs get one
+    rank, the least of 8, 16, 32, 64, 128, 256, 320 and 512 that holds every update, by padding with zeros.
 
     Args:
         model: a PeftModel, a tuner, or a model into which the adapter was injected.

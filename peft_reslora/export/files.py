@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_reslora.export.factors import Factors, factorise
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
-from peft_reslora.export.reading import PARTS, WITH_BASE, SavedAdapter, by_pattern
+from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, by_pattern
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer
 from peft_reslora.export.targets import linear_shape
 from peft_reslora.mora import MoRAConfig
@@ -104,7 +104,8 @@ def _mora(config: MoRAConfig, name: str, M: Tensor, shape: tuple[int, int] | Non
     if tuple(M.shape) != (q := square_size(*shape, r, mora_type), q):
         raise ValueError(
             f"its matrix is {tuple(M.shape)}, and r={r} with {shape[0]} inputs and {shape[1]} outputs makes it "
-            f"{(q, q)}: file, config and base do not match. {WITH_BASE}"
+            f"{(q, q)}: file, config and base do not match. Set base_model_name_or_path in its "
+            "config to the base on which it was trained"
         )
     M = M if M.dtype == torch.float64 else M.float()
     if mora_type == "sharing":
@@ -128,6 +129,6 @@ def _modules_of_base(adapter: SavedAdapter) -> dict[str, nn.Module]:
         raise ValueError(
             f"Adapter {adapter.name!r} is MoRA, whose files do not hold the shapes of its layers; they are those of "
             f"the base model {adapter.config.base_model_name_or_path!r}, and no config of it that has these layers is "
-            f"on this machine. Fetch it with `hf download MODEL config.json`. Or: {WITH_BASE}"
+            f"on this machine. {FETCH} {WITH_BASE}"
         )
     return dict(adapter.base.named_modules())

@@ -36,7 +36,8 @@ PARTS = {
     "MORA": ("mora_M", _STAMPS["MORA"]),
     "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS, _STAMPS["RESLORA"]),
 }
-WITH_BASE = "Export it with its base model instead: `peft-reslora export --base MODEL`, or export_lora(model)."
+FETCH = "To have it here, run `hf download MODEL config.json`."
+WITH_BASE = "Or export it with its base model: `peft-reslora export --base MODEL`, export_lora(model)."
 _LARGEST_CONFIG = 2**24  # bytes
 _MOST_PATTERNS = 4096  # each is compiled, and tried on each layer
 # Of the fields that an export reads, and that not each config checks itself.
@@ -289,12 +290,13 @@ def _refuse_missing(adapter: SavedAdapter, sealed: bool) -> None:
         raise ValueError(
             f"The file of adapter {adapter.name!r} has no seal, and no config of its base model "
             f"{config.base_model_name_or_path!r} that has its layers is on this machine, so that nothing shows "
-            f"whether all layers are in the file. {WITH_BASE}"
+            f"whether all layers are in the file. {FETCH} {WITH_BASE}"
         )
     if missing:
         raise ValueError(
             f"Adapter {adapter.name!r} lacks {len(missing)} layers that its config targets, {missing[0]!r} among "
-            f"them. Save the adapter again. If the base model has no such layers: {WITH_BASE}"
+            f"them. Save the adapter again. If the base model has no such layers, its config shows that. {FETCH} "
+            f"{WITH_BASE}"
         )
 
 
