@@ -41,6 +41,7 @@ from peft_reslora.export.targets import (
     tuner_layers,
 )
 from peft_reslora.names import unwrapped
+from peft_reslora.precision import full_precision
 
 _VLLM_DEFAULT_MAX_RANK = 16
 
@@ -198,6 +199,7 @@ def _complete(
     return shapes, targets
 
 
+@full_precision()
 def _assemble(
     updates: Mapping[str, FittedUpdate],
     zeros: Shapes,

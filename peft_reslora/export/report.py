@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ class ExportReport:
 
     def summary(self) -> str:
         """What was done, how well, in one or two sentences."""
-        merges = sorted({layer.merge for layer in self.layers} - {"exact"})
+        estimates = Counter(layer.merge for layer in self.layers if layer.merge != "exact")
+        merges = [f"{merge} on {count} layers" for merge, count in sorted(estimates.items())]
         text = f"{self.method} with {len(self.layers)} layers as LoRA of r={self.r}, {self.dtype}: "
         text += "exact up to rounding" if self.exact else f"largest relative error {self.worst_error:.2e}"
         if merges:
