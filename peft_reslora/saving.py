@@ -28,6 +28,10 @@ _ABANDONED_AFTER = 60 * 60  # seconds
 class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
     """What the configs of both tuners do when an adapter is saved and loaded."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT, for the file: the tensors that are saved with it have stamps."""
+        return {**super().to_dict(), "stamped": True}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; the file is replaced in one step, the weights beside it are sealed, and the model card says how
         to load and export the adapter.

@@ -1,7 +1,7 @@
 """Adapters that version 0.1.0 saved load, compute and merge as they did there.
 
-`tests/data/saved_by_0_1_0` holds one folder for each: its files as saved, and the outputs before and after merging that
-0.1.0 computed for the input in `base.safetensors`, on a processor of that time.
+`tests/data/saved_by_0_1_0` holds one folder for each: its files as saved, and the outputs before and after merging
+that 0.1.0 computed for the input in `base.safetensors`, on a processor of that time.
 """
 
 from __future__ import annotations

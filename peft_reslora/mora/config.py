@@ -90,6 +90,14 @@ class MoRAConfig(SavedWhole, PeftConfig):
         metadata={"help": "Ranks other than `r`: layer name, name ending or regular expression to rank."},
     )
 
+    stamped: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the saved tensors of each layer come with a stamp, by which damage and the config of "
+            "another adapter are noticed; those of 0.1.0 do not. Set by saving, not by you."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MORA  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.quantized import keep_bias, kept_copy, put_back, refuse_repacked
+from peft_reslora.stamps import StampedLayer
 
 from .config import MoRAConfig
 from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
@@ -37,14 +39,15 @@ class SquareMatrices(nn.ParameterDict):
         return M.view_as(M)
 
 
-class MoRALayer(BaseTunerLayer):
+class MoRALayer(StampedLayer, BaseTunerLayer):
     """The adapters of one base layer: a square matrix each, and how it meets the input.
 
     `layer_name` is for messages only: the name of the layer in the model when it was first adapted.
     """
 
     adapter_layer_names: tuple[str, ...] = ("mora_M",)
-    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout")
+    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout", "mora_stamp")
+    stamp_name = "mora_stamp"
     in_features: int
     out_features: int
 
@@ -56,6 +59,7 @@ class MoRALayer(BaseTunerLayer):
         )
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
+        self.mora_stamp = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
         self.square_size: dict[str, int] = {}
@@ -75,7 +79,18 @@ class MoRALayer(BaseTunerLayer):
         if not config.init_weights:
             nn.init.uniform_(self.mora_M[adapter_name], -(q**-0.5), q**-0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.stamped:
+            self.await_stamp(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
+        return {"mora_M": self.mora_M[adapter_name]}
+
+    def computation(self, adapter_name: str) -> str:
+        return f"mora_type={self.mora_type[adapter_name]!r}"
+
+    def layer_title(self, adapter_name: str) -> str:
+        return self.layer_name
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What merging adds to the base weight, in the base weight's own orientation, at least in float32."""
@@ -126,6 +141,7 @@ class MoRALayer(BaseTunerLayer):
                 f"Adapter {adapter_name!r} is not on layer {self.layer_name}; "
                 f"it has {', '.join(map(repr, self.mora_M)) or 'none'}."
             )
+        self.check_loaded(adapter_name)
         M = self.mora_M[adapter_name]
         if isinstance(M, DTensor) or M.is_meta or M.numel() == 0:
             raise RuntimeError(

@@ -20,12 +20,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.checkpoints import NativeCheckpoints, refuse_adapter_name
+
 from .config import MoRAConfig
 from .layer import MoRALayer, MoRALinear, broken_adapter_message
 from .operators import MoRAType
 
 
-class MoRAModel(BaseTuner):
+class MoRAModel(NativeCheckpoints, BaseTuner):
     """A model with MoRA layers (arXiv 2405.12130) in place of its target layers.
 
     Args:
@@ -46,9 +48,11 @@ class MoRAModel(BaseTuner):
 
     prefix: str = "mora_"
     tuner_layer_cls = MoRALayer
+    stamped_layer_cls = MoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_adapter_name(model, adapter_name, type(self))
         self._warn_of_an_uncopied_reference(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -152,43 +156,6 @@ class MoRAModel(BaseTuner):
                 "adapters. Split the batch and call `set_adapter` for each part."
             )
         yield
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Refuse a checkpoint that does not fit the adapter; PEFT would ignore missing and extra entries.
-
-        Raises:
-            ValueError: if matrices are missing, have another shape, or belong to no layer of the model.
-        """
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {
-            f"{name.removeprefix('_fsdp_wrapped_module.')}.mora_M.{adapter_name}": (name, layer)
-            for name, layer in model.named_modules()
-            if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
-        }
-        faults = [f"layer {name} has no matrix" for key, (name, _) in layers.items() if key not in state_dict]
-        known = model.state_dict().keys()
-        for key, value in state_dict.items():
-            if key not in layers:
-                if key not in known and key.removeprefix("base_model.model.") not in known:
-                    faults.append(f"entry {key} belongs to no layer of the model")
-                continue
-            name, layer = layers[key]
-            q = layer.square_size[adapter_name]
-            if value.shape != (q, q):
-                faults.append(
-                    f"layer {name} has a matrix of shape {tuple(value.shape)}, expected {(q, q)} for "
-                    f"r={layer.r[adapter_name]}, mora_type={layer.mora_type[adapter_name]!r}, "
-                    f"{layer.in_features} inputs and {layer.out_features} outputs"
-                )
-        if faults:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(faults)}. Load it with the config "
-                "and onto the base model it was trained with."
-            )
-        return state_dict
 
 
 @dataclass(frozen=True)

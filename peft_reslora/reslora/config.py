@@ -75,6 +75,21 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         },
     )
 
+    estimate: Literal["calibrated", "annealed"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which estimate of the shortcuts the adapter's layers hold, so that a layer has the place for it "
+            "before it is loaded: 'calibrated' by calibrate_merge, 'annealed' by annealing. Set by these, not by you."
+        },
+    )
+    stamped: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the saved tensors of each layer come with a stamp, by which damage and the config of "
+            "another adapter are noticed; those of 0.1.0 do not. Set by saving, not by you."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["RESLORA"]

@@ -19,7 +19,8 @@ from torch import nn
 
 from peft_reslora.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch
-from peft_reslora.reslora.variant import Chain, ResLoRAVariant
+from peft_reslora.reslora.variant import Chain, ResLoRAVariant, stored
+from peft_reslora.stamps import StampedLayer
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
 # TransformerEngine, embeddings, convolutions, attention, parameters) would train plain LoRA and are refused.
@@ -39,19 +40,38 @@ BUFFERS = ("lora_norm", *SHORTCUT_PARTS)
 
 
 class Float32Buffers(BufferDict):
-    """Buffers that follow the model to its device but keep their dtype when it is cast."""
+    """Buffers that follow the model to its device but keep their dtype when it is cast.
+
+    `empty` is what they hold when nothing has been recorded or loaded, and again after `to_empty`, which keeps no
+    numbers.
+    """
+
+    def __init__(self, empty: float = math.nan) -> None:
+        super().__init__(persistent=True)
+        self.empty = empty
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float32Buffers:
-        dtypes = {name: buffer.dtype for name, buffer in self.items()}
+        if not len(self):
+            return self
         originals = dict(self.items())
+        keeps_numbers = _keeps_numbers(fn)
         super()._apply(fn, recurse)
         for name, buffer in list(self.items()):
-            if buffer.dtype != dtypes[name]:
-                self[name] = originals[name].to(buffer.device)
+            original = originals[name]
+            if not buffer.is_meta and (original.is_meta or not keeps_numbers):
+                self[name] = torch.full_like(buffer, self.empty, dtype=original.dtype)
+            elif buffer.dtype != original.dtype:
+                self[name] = original.to(buffer.device)
         return self
 
 
-class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]
+def _keeps_numbers(fn: Any) -> bool:
+    """Whether what is applied to a module's tensors keeps their numbers, as a move does and `to_empty` does not."""
+    probe = torch.arange(1.0, 65.0)
+    return torch.equal(fn(probe.clone()).cpu().float(), probe) if not fn(probe[:0]).is_meta else True
+
+
+class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]
     """What ResLoRA adds to one of PEFT's LoRA layers. Adapters without a chain here stay plain LoRA.
 
     At run time a plain class, since the class of an object can only be changed to one of the same layout.
@@ -64,6 +84,12 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
     kept_base_weights: dict[str, torch.Tensor]  # by adapter: the base weight before it was merged
     kept_base_layer: list[nn.Module]  # while merged, where it is quantised: a copy of the base layer from before
 
+    # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
+    # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
+    stamp_name = "lora_magnitude_vector"
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, stamp_name)
+
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
         variant = self.lora_variant.get(adapter_name)
         return (variant.chain, variant.position) if isinstance(variant, ResLoRAVariant) else None
@@ -75,6 +101,49 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
             device = self.lora_A[adapter_name].weight.device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
             self.lora_norm[adapter_name] = window
+            if chain.config.estimate is not None and position > 0:
+                self.make_room_for_estimate(adapter_name, chain.config.estimate)
+        if chain.config.stamped:
+            self.await_stamp(adapter_name)
+
+    def make_room_for_estimate(self, adapter_name: str, estimate: str) -> None:
+        """Buffers for an estimate that is to be loaded, without numbers until then."""
+        weight = self.lora_A[adapter_name].weight
+        shapes = {"lora_shortcut": tuple(weight.shape), "lora_calibrated": (2 * weight.shape[0],), "lora_annealed": ()}
+        del shapes["lora_calibrated" if estimate == "annealed" else "lora_annealed"]
+        for name, shape in shapes.items():
+            buffers: Float32Buffers = getattr(self, name)
+            buffers[adapter_name] = torch.full(shape, buffers.empty, device=weight.device, dtype=torch.float32)
+
+    def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
+        factors = {name: getattr(self, name)[adapter_name].weight for name in ("lora_A", "lora_B")}
+        return factors | {name: stored(getattr(self, name), adapter_name) for name in BUFFERS}
+
+    def computation(self, adapter_name: str) -> str:
+        place = self.chain_of(adapter_name)
+        if place is None:
+            return "no shortcut"
+        chain, position = place
+        r, config = self.r[adapter_name], chain.config
+        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+        return (
+            f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
+            "chain"
+        )
+
+    def layer_title(self, adapter_name: str) -> str:
+        place = self.chain_of(adapter_name)
+        return "without a name" if place is None else place[0].names[place[1]]
+
+    def awaits_estimate(self, adapter_name: str) -> bool:
+        share = stored(self.lora_annealed, adapter_name)
+        return share is not None and not share.is_meta and bool(share.isnan())
+
+    def check_loaded(self, adapter_name: str) -> None:
+        super().check_loaded(adapter_name)
+        sketch = stored(self.lora_calibrated, adapter_name)
+        if sketch is not None and not sketch.is_meta and sketch.isnan().all():  # a calibration that was not loaded
+            del self.lora_shortcut[adapter_name], self.lora_calibrated[adapter_name]
 
     @torch.no_grad()
     def record_norm(self, adapter_name: str, x: torch.Tensor) -> None:
@@ -94,6 +163,7 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         A, B = self.lora_A[adapter_name].weight.detach(), self.lora_B[adapter_name].weight.detach()
         self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)
+        self.lora_variant[adapter_name].chain.config.estimate = "calibrated"
 
     def anneal(self, adapter_name: str, estimate: torch.Tensor, share: float) -> None:
         """Let `estimate`, E_n, take the `share` t of the shortcut's place in the forward pass from now on."""
@@ -102,6 +172,7 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         self.lora_annealed[adapter_name] = torch.tensor(share, device=device)
         if adapter_name in self.lora_calibrated:
             del self.lora_calibrated[adapter_name]
+        self.lora_variant[adapter_name].chain.config.estimate = "annealed"
 
     def merged_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of the merged update B @ A, scaling included.
@@ -252,6 +323,7 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
         )
     module.__class__ = _subclass(kind.__name__)
     for buffers in BUFFERS:
-        setattr(module, buffers, Float32Buffers(persistent=True))
+        setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
+    module.lora_magnitude_vector = BufferDict(persistent=True)
     module.__dict__["kept_base_weights"] = {}  # plain, not a submodule
     module.__dict__["kept_base_layer"] = []

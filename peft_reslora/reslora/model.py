@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from peft_reslora.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
+from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.variant import Chain, restore, stored
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "base_model.model."
-_PARTS = {"lora_A", "lora_B", *BUFFERS}
 
-
-class ResLoRAModel(LoraModel):
+class ResLoRAModel(NativeCheckpoints, LoraModel):
     """Creates a ResLoRA model from a pretrained one (ResLoRA, arXiv 2402.18039).
 
     Everything but the chains is `LoraModel`. Use it through `get_peft_model(model, ResLoRAConfig(...))`.
     """
 
     peft_config: dict[str, ResLoRAConfig]  # type: ignore[assignment]
+    stamped_layer_cls = ResLoRALayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_adapter_name(model, adapter_name, type(self))
         config = self.peft_config[adapter_name]
         if kwargs.get("state_dict") is None:
             find_chains_before_injection(model, config)  # refuses before the model is changed
@@ -135,15 +137,48 @@ class ResLoRAModel(LoraModel):
             )
         _refuse_unequal_scalings(self.model, adapters)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+        _enter_ranks(self.model, adapter_name, self.peft_config[adapter_name])
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ResLoRAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        with _room_for_estimates(model, adapter_name, state_dict):
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            check_checkpoint(model, adapter_name, remapped)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        config.estimate = _estimate_in(model, adapter_name)
         return remapped
+
+    @classmethod
+    def _make_room(cls, layers: Mapping[str, Any], adapter_name: str, found: Parts) -> Callable[[], None]:
+        """Give the layers the buffers of the estimate that a checkpoint brings, and take away what it does not."""
+        before: list[tuple[BufferDict, torch.Tensor | None]] = []
+        for name, layer in layers.items():
+            brought = {part for part in SHORTCUT_PARTS if found[name].get(part) is not None}
+            if not brought and layer.awaits_estimate(adapter_name):
+                raise ValueError(
+                    f"The config of adapter {adapter_name!r} says that it was annealed, but the checkpoint has no "
+                    f"estimate for layer {name!r}. Load the config and the weights that were saved together."
+                )
+            buffers: list[BufferDict] = [getattr(layer, part) for part in SHORTCUT_PARTS]
+            before += [(held, stored(held, adapter_name)) for held in buffers]
+            for held in buffers:
+                restore(held, adapter_name, None)
+            if brought:  # C_n comes with one of the other two
+                estimate = "annealed" if "lora_annealed" in brought else "calibrated"
+                layer.make_room_for_estimate(adapter_name, estimate)
+
+        def restore_all() -> None:
+            for held, buffer in before:
+                restore(held, adapter_name, buffer)
+
+        return restore_all
+
+
+def _estimate_in(model: nn.Module, adapter_name: str) -> Literal["calibrated", "annealed"] | None:
+    """What estimate the adapter's layers hold."""
+    layers = [layer for _, layer in adapted_layers(model, ResLoRALayer, adapter_name)]
+    if any(adapter_name in layer.lora_annealed for layer in layers):
+        return "annealed"
+    return "calibrated" if any(adapter_name in layer.lora_calibrated for layer in layers) else None
 
 
 def describe_merge(chains: Sequence[Chain]) -> str:
@@ -160,70 +195,23 @@ def describe_merge(chains: Sequence[Chain]) -> str:
     return f"Merging adapter {name!r} (shortcut={config.shortcut!r}) {how}."
 
 
-def check_checkpoint(model: nn.Module, adapter_name: str, remapped: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a checkpoint whose adapter tensors are not exactly the model's, which PEFT only warns about.
+def _enter_ranks(model: nn.Module, adapter_name: str, config: ResLoRAConfig) -> None:
+    """Let layers and config say the ranks that PEFT's combination gave the factors, so that they can be loaded.
 
-    Args:
-        model: the model with the adapter injected.
-        adapter_name: the adapter that is loaded.
-        remapped: the checkpoint, with the model's own keys.
-
-    Raises:
-        ValueError: listing missing, extra and misshapen tensors.
+    It says one rank for all layers, and leaves the factors those of a `rank_pattern` (read in 0.21.2).
     """
-    wanted = {
-        f"{name}.{key}".removeprefix(_PREFIX): tuple(tensor.shape)
-        for name, layer in model.named_modules()
-        if isinstance(layer, ResLoRALayer)
-        for key, tensor in layer.state_dict().items()
-        if key.split(".")[0] in _PARTS and adapter_name in key.split(".")
-    }
-    found = {
-        key.removeprefix(_PREFIX): tuple(tensor.shape)
-        for key, tensor in remapped.items()
-        if not _PARTS.isdisjoint(key.split("."))
-    }
-    faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not in the model": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{key} {found[key]} instead of {shape}" for key, shape in wanted.items() if found.get(key, shape) != shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in faults.items() if keys)
-        raise ValueError(
-            f"The checkpoint does not fit adapter {adapter_name!r} on this model: {listed}. Load it onto the base "
-            "model it was trained on, with the config it was saved with."
-        )
-
-
-@contextmanager
-def _room_for_estimates(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give the layers the buffers of C_n that a checkpoint brings, and take away those that it does not.
-
-    The layers get back what they had if loading fails.
-    """
-    found = {key.removeprefix(_PREFIX) for key in state_dict}
-    before: list[tuple[BufferDict, torch.Tensor | None]] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, ResLoRALayer) or adapter_name not in layer.lora_norm:
+    for name, layer in adapted_layers(model, ResLoRALayer, adapter_name):
+        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        rank = A.weight.shape[0]
+        A.out_features = B.in_features = rank
+        if rank == layer.r[adapter_name]:
             continue
-        shortcut, calibrated, annealed = (f"{name}.{part}".removeprefix(_PREFIX) in found for part in SHORTCUT_PARTS)
-        weight = layer.lora_A[adapter_name].weight
-        rank, in_features = weight.shape
-        shapes: list[tuple[int, ...] | None] = [None, None, None]
-        if shortcut or calibrated or annealed:  # C_n comes with one of the other two
-            shapes = [(rank, in_features), None if annealed else (2 * rank,), () if annealed else None]
-        for buffers, shape in zip((getattr(layer, part) for part in SHORTCUT_PARTS), shapes, strict=True):
-            before.append((buffers, stored(buffers, adapter_name)))
-            restore(buffers, adapter_name, None if shape is None else torch.zeros(shape, device=weight.device))
-    try:
-        yield
-    except ValueError:
-        for buffers, buffer in before:
-            restore(buffers, adapter_name, buffer)
-        raise
+        root = math.sqrt if config.use_rslora else float
+        layer.r[adapter_name] = rank
+        layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * root(rank)
+        pattern = "^" + re.escape(canonical(name))
+        config.rank_pattern = {**(config.rank_pattern or {}), pattern: rank}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), pattern: layer.lora_alpha[adapter_name]}
 
 
 def _refuse_unequal_scalings(model: nn.Module, adapters: Sequence[str]) -> None:

@@ -53,6 +53,8 @@ class Chain:
 
     def blocks(self) -> list[Block]:
         name = self.adapter_name
+        for layer in self.layers:
+            layer.check_loaded(name)
         return [
             Block(
                 layer_name,
