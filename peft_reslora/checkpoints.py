@@ -128,7 +128,7 @@ def adapted_layers(model: nn.Module, kind: type[Layer], adapter_name: str) -> It
 
 def _parts_of(name: str, layer: StampedLayer, adapter_name: str, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """A layer's tensors in a checkpoint, by the names of `stamped_parts`."""
-    parts = {part: (f"{name}.{part}", f"{name}.{part}.weight") for part in layer.stamped_parts(adapter_name)}
+    parts = {part: (f"{name}.{part}", f"{name}.{part}.weight") for part in layer.part_names}
     return {part: next((given[key] for key in keys if key in given), None) for part, keys in parts.items()}
 
 
@@ -171,18 +171,18 @@ def _refuse_misfit(
     Raises:
         ValueError: listing missing, extra and misshapen tensors.
     """
-    wanted = {
-        f"{name}.{part}{end}"
+    ranks = {
+        f"{name}.{part}{end}": f", that of r={layer.r[adapter_name]}"
         for name, layer in layers.items()
         for part, tensor in layer.stamped_parts(adapter_name).items()
         for end in ("", ".weight")
         if tensor is not None and f"{name}.{part}{end}" in held
     }
     faults = {
-        "missing": sorted(wanted - given.keys()),
+        "missing": sorted(ranks.keys() - given.keys()),
         "not in the model": sorted(given.keys() - held.keys()),
         "of another shape": [
-            f"{key} {tuple(tensor.shape)} instead of {tuple(held[key].shape)}"
+            f"{key} has shape {tuple(tensor.shape)} instead of {tuple(held[key].shape)}{ranks.get(key, '')}"
             for key, tensor in given.items()
             if key in held and tensor.shape != held[key].shape and held[key].is_floating_point()
         ],
@@ -216,7 +216,7 @@ def _refuse_unsaved(
             )
 
 
-def refuse_adapter_name(model: nn.Module, adapter_name: str, tuner: type[BaseTuner]) -> None:
+def refuse_adapter_name(model: nn.Module, adapter_name: str, tuner: type[NativeCheckpoints]) -> None:
     """Refuse a name by which PEFT could not tell the adapter's tensors from others.
 
     PEFT takes the name out of the keys when it saves, and drops keys that hold the name of another adapter; both by
@@ -239,15 +239,15 @@ def refuse_adapter_name(model: nn.Module, adapter_name: str, tuner: type[BaseTun
     raise ValueError(f"The adapter cannot be called {adapter_name!r}: {fault}. Choose another, such as 'default'.")
 
 
-def _own_parts(tuner: type[BaseTuner]) -> Collection[str]:
-    layer = tuner.tuner_layer_cls
-    names = {name for name in (*layer.adapter_layer_names, *layer.other_param_names) if name.startswith(tuner.prefix)}
+def _own_parts(tuner: type[NativeCheckpoints]) -> Collection[str]:
+    layer = tuner.stamped_layer_cls
+    names = {*layer.part_names, layer.stamp_name, f"{tuner.prefix}dropout"}
     return names | {"base_layer", "base_model", "bias", "model", "modules_to_save", "original_module", "weight"}
 
 
 def _key_parts(model: nn.Module) -> dict[str, str]:
     """The parts of the names in the bare model, each with a name that it is from."""
-    wrappers: tuple[type, ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrappers: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     inside: tuple[str, ...] = ()  # of adapters and copies of modules: their names are no part of the bare model's
     parts: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -130,9 +130,11 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     """
 
     stamp_name: str  # the attribute that holds the stamps
+    part_names: tuple[str, ...]  # the attributes that hold what belongs to an adapter, and is stamped
+    r: dict[str, int]  # by adapter
 
     def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
-        """The tensors that belong to the adapter on this layer; the same names for all layers of a tuner."""
+        """The tensors that belong to the adapter on this layer, by all of `part_names`."""
         raise NotImplementedError
 
     def computation(self, adapter_name: str) -> str:

@@ -48,6 +48,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("mora_M",)
     other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout", "mora_stamp")
     stamp_name = "mora_stamp"
+    part_names = ("mora_M",)
     in_features: int
     out_features: int
 

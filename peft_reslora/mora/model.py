@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.checkpoints import NativeCheckpoints, refuse_adapter_name
+from peft_reslora.fields import oversized, refuse_slow_patterns
 
 from .config import MoRAConfig
 from .layer import MoRALayer, MoRALinear, broken_adapter_message
@@ -53,6 +54,7 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_adapter_name(model, adapter_name, type(self))
+        refuse_slow_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
         self._warn_of_an_uncopied_reference(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -87,11 +89,21 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
                 self._check_target_module_compatiblity(peft_config, model, target_name)
                 if fault := _unsupported(module, modules[parent_name], quantization):
                     faults.append(f"{name} ({type(module).__name__}) {fault}")
+                else:
+                    self._refuse_oversized(peft_config, name, module)
         if faults:
             raise ValueError(
                 "MoRA adapts nn.Linear, Conv1D of transformers and quantised linear layers, but `target_modules` also "
                 f"selects: {'; '.join(faults)}. Name fewer modules there, or add these to `exclude_modules`."
             )
+
+    def _refuse_oversized(self, peft_config: Any, name: str, module: nn.Module) -> None:
+        base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        in_features, out_features = _get_in_out_features(base_layer)
+        pattern = peft_config.rank_pattern or {}
+        r = pattern.get(get_pattern_key(list(pattern), name), peft_config.r)
+        if in_features and out_features and (fault := oversized(r, in_features, out_features)):
+            raise ValueError(f"MoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         # PEFT keeps LoRA off the layers that Mamba's kernels read past their forward, by the name of the method.
@@ -203,6 +215,7 @@ def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, 
         config: the adapter's config.
         sides: the first dimension of each tensor in the checkpoint, by its key.
     """
+    refuse_slow_patterns(config, [key.removesuffix(".mora_M") for key in sides])
     rows: dict[tuple[str, ...], int] = {}
     for key, q in sides.items():
         if key.endswith(".mora_M"):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
+from peft_reslora import fields
 from peft_reslora.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
@@ -28,6 +29,25 @@ _REFUSED_FIELDS: dict[str, tuple[object, ...]] = {
     "megatron_config": (None,),
 }
 _INITS: tuple[object, ...] = (True, False, "gaussian", "orthogonal")
+_CHECKS: dict[str, fields.Check] = {
+    "r": fields.rank,
+    "norm_window": fields.norm_window,
+    "lora_alpha": fields.alpha,
+    "lora_dropout": fields.dropout,
+    "target_modules": fields.names_or_pattern,
+    "exclude_modules": fields.names_or_pattern,
+    "chain_pattern": fields.names_or_pattern,
+    "layers_pattern": fields.names_or_pattern,
+    "layers_to_transform": fields.indices,
+    "layer_replication": fields.replication,
+    "modules_to_save": fields.names,
+    "trainable_token_indices": fields.token_indices,
+    "bias": fields.one_of("none", "all", "lora_only"),
+    "estimate": lambda value: None if value is None else fields.one_of("calibrated", "annealed")(value),
+    "base_model_name_or_path": fields.text,
+    "revision": fields.text,
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag),
+}
 
 
 @dataclass
@@ -91,38 +111,45 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        faults = fields.field_faults(self, _CHECKS, {"rank_pattern": fields.rank, "alpha_pattern": fields.alpha})
+        fields.refuse(self, [*faults, *self._own_faults(), *self._lora_faults()])  # PEFT takes the kinds for granted
+        fields.refuse(self, fields.pattern_faults(self))
         super().__post_init__()
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         self.peft_type = PeftType["RESLORA"]
-        faults = [*self._own_faults(), *self._lora_faults()]
-        if faults:
-            raise ValueError("ResLoRAConfig cannot be used: " + "; ".join(faults) + ".")
 
     def _own_faults(self) -> list[str]:
         faults = []
         for name, known in (("shortcut", get_args(Shortcut)), ("merge_estimator", get_args(MergeEstimator))):
             if (value := getattr(self, name)) not in known:
-                faults.append(f"{name}={value!r} is unknown, choose one of {', '.join(map(repr, known))}")
-        if not isinstance(self.pre_num, int) or self.pre_num == 0 or self.pre_num < -1:
-            faults.append(f"pre_num={self.pre_num!r} must be a positive integer, or -1 for all earlier layers")
+                known_ones = ", ".join(map(repr, known))
+                faults.append(f"{name}={fields.shown(value)} is unknown, choose one of {known_ones}")
+        if (
+            not isinstance(self.pre_num, int)
+            or isinstance(self.pre_num, bool)
+            or self.pre_num == 0
+            or self.pre_num < -1
+        ):
+            faults.append(
+                f"pre_num={fields.shown(self.pre_num)} must be a positive integer, or -1 for all earlier layers"
+            )
         elif self.shortcut == "input" and self.pre_num != 1:
-            faults.append(f"pre_num={self.pre_num} with shortcut='input', which accepts 1 only (Eq. 2)")
-        if not isinstance(self.norm_window, int) or self.norm_window < 1:
-            faults.append(f"norm_window={self.norm_window!r} must be a positive integer")
-        if not isinstance(self.r, int) or self.r < 1:
-            faults.append(f"r={self.r!r} must be a positive integer")
+            faults.append(f"pre_num={fields.shown(self.pre_num)} with shortcut='input', which accepts 1 only (Eq. 2)")
         return faults
 
     def _lora_faults(self) -> list[str]:
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         faults = [
-            f"{name}={value!r} changes what a LoRA block computes and is not supported with shortcuts, leave it unset"
+            f"{name}={fields.shown(value)} changes what a LoRA block computes and is not supported with shortcuts, "
+            "leave it unset"
             for name, harmless in _REFUSED_FIELDS.items()
             if name in known and (value := getattr(self, name)) not in harmless
         ]
         if self.init_lora_weights not in _INITS:
             faults.append(
-                f"init_lora_weights={self.init_lora_weights!r} changes the base weight or needs its own preparation, "
-                f"choose one of {', '.join(map(repr, _INITS))}"
+                f"init_lora_weights={fields.shown(self.init_lora_weights)} changes the base weight or needs its own "
+                f"preparation, choose one of {', '.join(map(repr, _INITS))}"
             )
         elif self.init_lora_weights == "orthogonal" and self.shortcut == "middle":
             faults.append(

@@ -87,6 +87,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
     stamp_name = "lora_magnitude_vector"
+    part_names = ("lora_A", "lora_B", *BUFFERS)
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, stamp_name)
 
@@ -101,9 +102,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             device = self.lora_A[adapter_name].weight.device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
             self.lora_norm[adapter_name] = window
-            if chain.config.estimate is not None and position > 0:
-                self.make_room_for_estimate(adapter_name, chain.config.estimate)
-        if chain.config.stamped:
+        awaited = chain.config.estimate if chain.config.shortcut != "block" and position > 0 else None
+        if awaited is not None:
+            self.make_room_for_estimate(adapter_name, awaited)
+        if chain.config.stamped or awaited is not None:
             self.await_stamp(adapter_name)
 
     def make_room_for_estimate(self, adapter_name: str, estimate: str) -> None:

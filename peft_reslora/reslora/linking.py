@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_reslora.fields import oversized, refuse_slow_patterns
 from peft_reslora.reslora.chain import ChainTable, Target, find_chains
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer
@@ -76,6 +77,7 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
         ValueError: naming target layers that ResLoRA cannot adapt.
     """
     targets, refused = [], []
+    refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
     for name, layer in _targeted_layers(model, config):
         if isinstance(layer, _REFUSED_BASE_LAYERS):
             refused.append(f"{name} ({type(layer).__name__})")
@@ -85,6 +87,8 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
             continue  # PEFT knows no way to adapt it, and says so when asked
         pattern = config.rank_pattern or {}
         rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+        if fault := oversized(rank, in_features, out_features):
+            raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
         targets.append(Target(name, in_features, out_features, rank))
     if refused:
         raise ValueError(

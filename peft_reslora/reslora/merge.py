@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from peft_reslora.fields import refuse_slow_patterns
 from peft_reslora.reslora.chain import ChainTable, Target, find_chains, reach
 
 if TYPE_CHECKING:
@@ -258,6 +259,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         for part in ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = tensor
+    refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
         A, B = found.get("lora_A.weight"), found.get("lora_B.weight")

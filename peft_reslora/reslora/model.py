@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from peft_reslora.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
+from peft_reslora.fields import refuse_slow_patterns
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
@@ -35,6 +36,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_adapter_name(model, adapter_name, type(self))
+        refuse_slow_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
         config = self.peft_config[adapter_name]
         if kwargs.get("state_dict") is None:
             find_chains_before_injection(model, config)  # refuses before the model is changed
@@ -137,6 +139,9 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             )
         _refuse_unequal_scalings(self.model, adapters)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+        self.peft_config[adapter_name].estimate = None
+        for _, layer in adapted_layers(self.model, ResLoRALayer, adapter_name):
+            layer.check_loaded(adapter_name)  # nothing was: it has no estimate, and expects no stamp
         _enter_ranks(self.model, adapter_name, self.peft_config[adapter_name])
 
     @classmethod
