@@ -187,12 +187,14 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
 
 
 def check_when_used(layer: nn.Module, args: object) -> None:
-    """A forward pre-hook, until the adapters that are active have been checked."""
+    """A forward pre-hook, until all adapters have been checked; those that are neither loaded nor active wait."""
     if not isinstance(layer, StampedLayer) or torch.compiler.is_compiling():
         return
     stamps: BufferDict = getattr(layer, layer.stamp_name)
-    for adapter_name in layer.active_adapters if not layer.disable_adapters else ():
-        layer.check_loaded(adapter_name)
+    active = () if layer.disable_adapters else layer.active_adapters
+    for adapter_name in list(stamps):
+        if adapter_name in active or stamps[adapter_name].any():
+            layer.check_loaded(adapter_name)
     if not stamps:
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is check_when_used]:
             del layer._forward_pre_hooks[key]

@@ -382,3 +382,23 @@ def test_going_back_to_before_the_annealing(tmp_path: Path) -> None:
         model.load_adapter(tmp_path / folder, "default")
         assert_same(model(inputs()), expected)
     assert model.peft_config["default"].estimate is None
+
+
+@pytest.mark.parametrize("tuner", ["middle", "mora"])
+@torch.no_grad()
+def test_a_model_that_waits_for_stamps_is_compiled_and_copied(tuner: str) -> None:
+    """One that was made with the config of a saved adapter."""
+    config = config_of(tuner)
+    config.stamped = True
+    model = randomize_adapters(get_peft_model(Net(), config)).eval()
+    assert any(name.endswith(("lora_magnitude_vector.default", "mora_stamp.default")) for name in model.state_dict())
+    copied = copy.deepcopy(model)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    expected = copied(inputs())
+    assert_same(run(inputs()), expected)
+    assert_same(model(inputs()), expected)
+    for used in (copied, model):
+        assert not any(
+            name.endswith(("lora_magnitude_vector.default", "mora_stamp.default")) for name in used.state_dict()
+        )
+        assert not any(module._forward_pre_hooks for module in used.modules() if hasattr(module, "base_layer"))

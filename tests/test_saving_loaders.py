@@ -132,11 +132,11 @@ LOADERS: list[Callable[[Path, nn.Module], nn.Module]] = [
 
 
 def few(cases: list[tuple[Any, ...]]) -> list[Any]:
-    """By default each loader once, and PEFT's and transformers' own for everything; all combinations in full runs."""
+    """By default each loader once, and transformers' own for everything; all combinations in full runs."""
     seen: set[Any] = set()
     marked = []
     for *rest, load in cases:
-        first = load not in seen or load in (by_peft, by_transformers)
+        first = load not in seen or load is by_transformers
         seen.add(load)
         marked.append(pytest.param(*rest, load, marks=() if first else pytest.mark.slow))
     return marked

@@ -6,8 +6,10 @@ subclass of the same name made here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from importlib import import_module
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,9 +68,17 @@ class Float32Buffers(BufferDict):
 
 
 def _keeps_numbers(fn: Any) -> bool:
-    """Whether what is applied to a module's tensors keeps their numbers, as a move does and `to_empty` does not."""
-    probe = torch.arange(1.0, 65.0)
-    return torch.equal(fn(probe.clone()).cpu().float(), probe) if not fn(probe[:0]).is_meta else True
+    """Whether what is applied to a module's tensors keeps their numbers, as a move does and `to_empty` does not.
+
+    Tried on ones and zeros that no earlier call had, so that they are in no memory that is handed out again.
+    """
+    bits = Random(next(_calls)).getrandbits(64)
+    probe = torch.tensor([float(bits >> n & 1) for n in range(64)])
+    result = fn(probe.clone())
+    return result.is_meta or torch.equal(result.cpu().float(), probe)
+
+
+_calls = itertools.count()
 
 
 class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]
