@@ -87,7 +87,7 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
             keys = {canonical(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in held}
             _refuse_misfit(layers, adapter_name, given, {key: held[own] for key, own in keys.items()})
             _refuse_unsaved(layers, adapter_name, found, stamps)
-        except ValueError:
+        except BaseException:
             restore()
             raise
         for layer in layers.values():

@@ -155,20 +155,20 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
     @classmethod
     def _make_room(cls, layers: Mapping[str, Any], adapter_name: str, found: Parts) -> Callable[[], None]:
         """Give the layers the buffers of the estimate that a checkpoint brings, and take away what it does not."""
+        brought = {name: {part for part in SHORTCUT_PARTS if found[name][part] is not None} for name in layers}
+        if lacking := [n for n, layer in layers.items() if not brought[n] and layer.awaits_estimate(adapter_name)]:
+            raise ValueError(
+                f"The config of adapter {adapter_name!r} says that it was annealed, but the checkpoint has no "
+                f"estimate for layer {lacking[0]!r}. Load the config and the weights that were saved together."
+            )
         before: list[tuple[BufferDict, torch.Tensor | None]] = []
         for name, layer in layers.items():
-            brought = {part for part in SHORTCUT_PARTS if found[name].get(part) is not None}
-            if not brought and layer.awaits_estimate(adapter_name):
-                raise ValueError(
-                    f"The config of adapter {adapter_name!r} says that it was annealed, but the checkpoint has no "
-                    f"estimate for layer {name!r}. Load the config and the weights that were saved together."
-                )
             buffers: list[BufferDict] = [getattr(layer, part) for part in SHORTCUT_PARTS]
             before += [(held, stored(held, adapter_name)) for held in buffers]
             for held in buffers:
                 restore(held, adapter_name, None)
-            if brought:  # C_n comes with one of the other two
-                estimate = "annealed" if "lora_annealed" in brought else "calibrated"
+            if brought[name]:  # C_n comes with one of the other two
+                estimate = "annealed" if "lora_annealed" in brought[name] else "calibrated"
                 layer.make_room_for_estimate(adapter_name, estimate)
 
         def restore_all() -> None:
