@@ -373,8 +373,7 @@ class TestModel:
         model.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "adapter_model.safetensors")
         assert set(saved) == {
-            "base_model.model.lin0.mora_M",
-            "base_model.model.lin1.mora_M",
+            *(f"base_model.model.lin{i}.mora_{part}" for i in (0, 1) for part in ("M", "stamp")),
             "base_model.model.head.weight",
             "base_model.model.head.bias",
         }
