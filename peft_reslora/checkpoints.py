@@ -164,19 +164,17 @@ def _refuse_misfit(
 ) -> None:
     """A checkpoint has to have all of the adapter's tensors, and nothing that PEFT would drop without a word.
 
-    Args:
-        given: the checkpoint, by canonical keys.
-        held: the model's state dict, by canonical keys.
+    `given` is the checkpoint and `held` the model's state dict, both by canonical keys.
 
     Raises:
         ValueError: listing missing, extra and misshapen tensors.
     """
     ranks = {
-        f"{name}.{part}{end}": f", that of r={layer.r[adapter_name]}"
+        key: f", that of r={layer.r[adapter_name]}"
         for name, layer in layers.items()
-        for part, tensor in layer.stamped_parts(adapter_name).items()
-        for end in ("", ".weight")
-        if tensor is not None and f"{name}.{part}{end}" in held
+        for part in layer.part_names
+        for key in (f"{name}.{part}", f"{name}.{part}.weight")
+        if key in held
     }
     faults = {
         "missing": sorted(ranks.keys() - given.keys()),

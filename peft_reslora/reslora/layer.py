@@ -137,7 +137,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             return "no shortcut"
         chain, position = place
         r, config = self.r[adapter_name], chain.config
-        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
         return (
             f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
             "chain"

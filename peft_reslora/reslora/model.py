@@ -139,10 +139,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             )
         _refuse_unequal_scalings(self.model, adapters)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
-        self.peft_config[adapter_name].estimate = None
-        for _, layer in adapted_layers(self.model, ResLoRALayer, adapter_name):
-            layer.check_loaded(adapter_name)  # nothing was: it has no estimate, and expects no stamp
-        _enter_ranks(self.model, adapter_name, self.peft_config[adapter_name])
+        _settle_combination(self.model, adapter_name, self.peft_config[adapter_name])
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -200,12 +197,15 @@ def describe_merge(chains: Sequence[Chain]) -> str:
     return f"Merging adapter {name!r} (shortcut={config.shortcut!r}) {how}."
 
 
-def _enter_ranks(model: nn.Module, adapter_name: str, config: ResLoRAConfig) -> None:
-    """Let layers and config say the ranks that PEFT's combination gave the factors, so that they can be loaded.
+def _settle_combination(model: nn.Module, adapter_name: str, config: ResLoRAConfig) -> None:
+    """Let layers and config say what PEFT's combination of adapters has made, so that it can be saved and loaded.
 
-    It says one rank for all layers, and leaves the factors those of a `rank_pattern` (read in 0.21.2).
+    It takes over what the first adapter's config says of an estimate, says one rank for all layers, and leaves the
+    factors those of a `rank_pattern` (read in 0.21.2).
     """
+    config.estimate = None
     for name, layer in adapted_layers(model, ResLoRALayer, adapter_name):
+        layer.check_loaded(adapter_name)  # nothing was: there is no estimate, and no stamp to come
         A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         rank = A.weight.shape[0]
         A.out_features = B.in_features = rank
