@@ -34,6 +34,7 @@ from peft_reslora.reslora.merge import (
     is_exact,
 )
 from peft_reslora.saving import WEIGHTS_FILE, refuse_damaged
+from peft_reslora.stamps import STAMP_NAMES
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -127,7 +128,7 @@ def _chains_of_model(name: str, chosen: dict[str, Any]) -> ChainTable:
 
 
 def _describe_adapter(config: PeftConfig, tensors: dict[str, Tensor]) -> str:
-    buffers = ("lora_norm", *SHORTCUT_PARTS)
+    buffers = ("lora_norm", *SHORTCUT_PARTS, *(STAMP_NAMES if config.peft_type in ("RESLORA", "MORA") else ()))
     parameters = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers))
     lines = [f"{method_name(config)} adapter for {config.base_model_name_or_path}, {parameters:,} parameters"]
     if isinstance(config, ResLoRAConfig):

@@ -17,6 +17,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+STAMP_NAMES = ("lora_magnitude_vector", "mora_stamp")  # of ResLoRA, see there, and of MoRA
+
 _SIZE = 8  # bytes of each digest
 _HALVES = (torch.bfloat16, torch.float16)
 _PER_PART = 1 + len(_HALVES)
