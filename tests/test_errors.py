@@ -79,7 +79,9 @@ def test_middle_with_unequal_ranks_is_refused_before_the_model_is_changed():
 )
 def test_layers_that_would_train_plain_lora_are_refused_before_the_model_is_changed(layer, kind):
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "other": layer})
-    with pytest.raises(ValueError, match=rf"not other \({kind}\)\. Leave them out with exclude_modules"):
+    with pytest.raises(
+        ValueError, match=rf"cannot adapt other \({kind}\), which is no linear.*exclude_modules=r'other'"
+    ):
         get_peft_model(model, ResLoRAConfig(target_modules=["first", "other"]))
     assert isinstance(model["first"], nn.Linear)
 

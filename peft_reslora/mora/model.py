@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -18,7 +19,9 @@ from peft.utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from peft_reslora.targets import find_targets, is_plain_linear
+from peft_reslora.undo import undone_on_failure
 
 from .config import MoRAConfig
 from .layer import MoRALayer, MoRALinear, broken_adapter_message
@@ -44,13 +47,18 @@ class MoRAModel(BaseTuner):
         ```
     """
 
+    peft_config: dict[str, MoRAConfig]  # type: ignore[assignment]
     prefix: str = "mora_"
     tuner_layer_cls = MoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warn_of_an_uncopied_reference(model, adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        with undone_on_failure(self, model, adapter_name):
+            why_not = partial(_why_not, quantization=get_quantization_kwargs(model))
+            find_targets(model, config, self.target_module_mapping, why_not, kwargs.get("state_dict")).narrow(config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:
         """TRL's trainers (read in 1.16) add a reference with the config of the trained adapter, and copy into it the
@@ -67,32 +75,6 @@ class MoRAModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Refuse what MoRA cannot adapt while the model is still as it was."""
-        faults = []
-        quantization = get_quantization_kwargs(self)
-        modules = dict(model.named_modules())
-        inside: tuple[str, ...] = ()  # what lies inside an adapted layer is no target of its own
-        for name, module in modules.items():
-            if name.startswith(inside):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside += (f"{name}.",)
-            if name and self._check_target_module_exists(peft_config, name):
-                parent_name, _, target_name = name.rpartition(".")
-                self._check_target_module_compatiblity(peft_config, model, target_name)
-                if fault := _unsupported(module, modules[parent_name], quantization):
-                    faults.append(f"{name} ({type(module).__name__}) {fault}")
-        if faults:
-            raise ValueError(
-                "MoRA adapts nn.Linear, Conv1D of transformers and quantised linear layers, but `target_modules` also "
-                f"selects: {'; '.join(faults)}. Name fewer modules there, or add these to `exclude_modules`."
-            )
-
-    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT keeps LoRA off the layers that Mamba's kernels read past their forward, by the name of the method.
-        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
-
     def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: MoRAConfig,
@@ -108,9 +90,6 @@ class MoRAModel(BaseTuner):
             target.update_layer(adapter_name, r, peft_config)
             return
         quantization = get_quantization_kwargs(self)
-        # Layers chosen by a checkpoint's keys, and not by target_modules, come here unchecked.
-        if fault := _unsupported(target, parent, quantization):
-            raise ValueError(f"MoRA cannot adapt {current_key} ({type(target).__name__}), which {fault}.")
         new_module = MoRALinear(target, adapter_name, r, peft_config, layer_name=current_key, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter does not train until it is set
@@ -249,20 +228,13 @@ def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, 
     return [header, *((*row, str(count)) for row, count in rows.items())]
 
 
-def _unsupported(module: nn.Module, parent: nn.Module, quantization: dict[str, Any]) -> str | None:
-    """Why MoRA cannot adapt `module`, or None."""
+def _why_not(module: nn.Module, quantization: dict[str, Any]) -> str | None:
+    """Why MoRA cannot adapt a layer of this kind, or None."""
     if isinstance(module, MoRALayer):
         return None
     if isinstance(module, BaseTunerLayer):
-        return "already carries an adapter of another method: merge or unload that first"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "is read by nn.MultiheadAttention past its forward, so that an adapter would not train"
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "is read by nn.TransformerEncoderLayer past its forward in evaluation, where an adapter would be ignored: "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
+        return "which already carries an adapter of another method: merge or unload that first"
     backend = resolve_quantization_backend(module, **quantization)
-    if isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+    if is_plain_linear(module) or (backend is not None and backend.layer_type == "linear"):
         return None
-    return "is no linear layer"
+    return "which is no linear layer"

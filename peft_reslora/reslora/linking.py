@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
@@ -22,6 +16,7 @@ from peft_reslora.reslora.chain import ChainTable, Target, find_chains
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.variant import Chain
+from peft_reslora.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
 _REFUSED_BASE_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -69,58 +64,62 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
             yield name.removeprefix("base_model.model."), module
 
 
-def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> ChainTable:
-    """The chains that `config` would make of `model`, which is not changed.
+def find_chains_before_injection(
+    model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module] | None = None
+) -> ChainTable:
+    """The chains that `config` would make of `model`, which is not changed; of its target layers, or of `layers`.
+
+    Raises:
+        ValueError: naming target layers that ResLoRA cannot adapt, or chains that cannot be computed.
+    """
+    targets = []
+    for name, layer in (find_target_layers(model, config).layers if layers is None else layers).items():
+        in_features, out_features = _get_in_out_features(_base_of(layer))
+        if in_features is None or out_features is None:
+            continue  # a custom layer of PEFT's, which says so when it is made
+        pattern = config.rank_pattern or {}
+        rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+        targets.append(Target(name, in_features, out_features, rank))
+    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+
+
+def find_target_layers(
+    model: nn.Module, config: ResLoRAConfig, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Targets:
+    """The layers that `config`, or the keys of `state_dict`, choose; the model is not changed.
 
     Raises:
         ValueError: naming target layers that ResLoRA cannot adapt.
     """
-    targets, refused = [], []
-    for name, layer in _targeted_layers(model, config):
-        if isinstance(layer, _REFUSED_BASE_LAYERS):
-            refused.append(f"{name} ({type(layer).__name__})")
-            continue
-        in_features, out_features = _get_in_out_features(layer)
-        if in_features is None or out_features is None:
-            continue  # PEFT knows no way to adapt it, and says so when asked
-        pattern = config.rank_pattern or {}
-        rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
-        targets.append(Target(name, in_features, out_features, rank))
-    if refused:
-        raise ValueError(
-            f"ResLoRA adapts linear layers (torch.nn.Linear, transformers' Conv1D and their quantised forms), not "
-            f"{', '.join(refused[:5])}. Leave them out with exclude_modules; train embeddings with modules_to_save or "
-            "trainable_token_indices."
-        )
-    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+    custom = tuple(config._custom_modules or ())
+
+    def why_not(layer: nn.Module) -> str | None:
+        base = _base_of(layer)
+        if is_plain_linear(base) or isinstance(base, custom):
+            return None
+        if isinstance(base, nn.Embedding):
+            return "which is no linear layer (modules_to_save and trainable_token_indices train embeddings)"
+        with warnings.catch_warnings():  # of a type that PEFT does not know
+            warnings.simplefilter("ignore")
+            known = not isinstance(base, _REFUSED_BASE_LAYERS) and _get_in_out_features(base) != (None, None)
+        return None if known else "which is no linear layer"
+
+    return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)
 
 
-def _targeted_layers(model: nn.Module, config: ResLoRAConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The modules PEFT would adapt, found with PEFT's own matching (private, read in 0.21.2)."""
-    config = copy.copy(config)
-    if config.target_modules is None:
-        model_type = BaseTuner.get_model_config(model).get("model_type", "")
-        default = LoraModel.target_module_mapping.get(model_type)
-        if default is None:
-            return  # PEFT asks for target_modules in its own words
-        config.target_modules = list(default)
-    _maybe_include_all_linear_layers(config, model)
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
-        if LoraModel._check_target_module_exists(config, name):
-            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _base_of(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _checked(table: ChainTable) -> ChainTable:
     """Refuse chains that cannot be computed.
 
     Raises:
-        ValueError: for shortcut 'middle' with different ranks in one chain.
+        ValueError: for shortcut 'middle' with different ranks in one chain, and for 'input' and 'middle' between the
+            experts of mixtures.
     """
+    if table.shortcut != "block":
+        _refuse_routed(table)
     for chain in table.chains if table.shortcut == "middle" else ():
         if len({target.rank for target in chain}) > 1:
             ranks = ", ".join(f"{target.name}: {target.rank}" for target in chain[:4])
@@ -129,6 +128,17 @@ def _checked(table: ChainTable) -> ChainTable:
                 f"rank_pattern gives {ranks}. Use one rank, end the chain with chain_pattern, or use shortcut='block'."
             )
     return table
+
+
+def _refuse_routed(table: ChainTable) -> None:
+    """Experts of the same index in two blocks get different tokens, so that what one hands on belongs to others."""
+    routed = [chain[0].name for chain in table.chains if len(chain) > 1 and is_routed(chain[0].name)]
+    if routed:
+        raise ValueError(
+            f"shortcut={table.shortcut!r} adds up what consecutive layers compute for the same token, but other "
+            f"tokens are routed to the experts of each block ({len(routed)} chains, such as that of {routed[0]}). Use "
+            r"shortcut='block', or leave the experts out with exclude_modules=r'.*\bexperts?\b.*'."
+        )
 
 
 def describe_chains(

@@ -14,9 +14,10 @@ from torch import nn
 
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
-from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
+from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, find_target_layers, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.variant import Chain, restore, stored
+from peft_reslora.undo import undone_on_failure
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,12 @@ class ResLoRAModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        if kwargs.get("state_dict") is None:
-            find_chains_before_injection(model, config)  # refuses before the model is changed
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        link_chains(model, config, adapter_name)
+        with undone_on_failure(self, model, adapter_name):
+            targets = find_target_layers(model, config, kwargs.get("state_dict"))
+            find_chains_before_injection(model, config, targets.layers)
+            targets.narrow(config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            link_chains(model, config, adapter_name)
 
     def _create_and_replace(
         self,

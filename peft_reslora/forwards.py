@@ -1,0 +1,166 @@
+"""What forwards do to linear layers: who reads a layer's weight instead of calling it, who computes something else.
+
+An adapter lives in the forward of its layer. Where another module computes with the layer's weight, the adapter takes
+no part, without any error: so the source of the forwards is read before a layer is adapted.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# What may be asked of a weight without computing with it.
+_HARMLESS_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "numel"}
+_HARMLESS_CALLS = {"isinstance", "hasattr", "getattr", "type", "id"}
+
+
+def _slow_but_exact(module: Any) -> bool:
+    return module.pretraining_tp > 1 and module.slow_but_exact
+
+
+def _fast_path(module: Any) -> bool:
+    return torch.backends.mha.get_fastpath_enabled()
+
+
+# Modules that read a weight or call the layer, and when they read (transformers 5.23, torch 2.13).
+_READS_ONLY_IF: dict[str, Callable[[Any], bool]] = {
+    "TransformerEncoder": _fast_path,
+    "TransformerEncoderLayer": _fast_path,
+    "BloomAttention": _slow_but_exact,
+    "BloomMLP": _slow_but_exact,
+    "DisentangledSelfAttention": lambda module: False,  # with `query_states`, which DeBERTa's encoder is never given
+}
+
+
+def reader_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The module above the layer `name` whose forward computes with its weight, or None.
+
+    Args:
+        name: the layer's name in the model.
+        modules: all modules of the model by name.
+    """
+    parts = name.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        above = modules.get(".".join(parts[:i]))
+        if above is None:
+            continue
+        path = ".".join("*" if part.isdigit() else part for part in parts[i:])
+        kind: type = type(above)
+        if path in weights_read(kind) and _reads(above):
+            return above
+    return None
+
+
+def _reads(module: nn.Module) -> bool:
+    conditions = (_READS_ONLY_IF.get(kind.__name__) for kind in type(module).__mro__)
+    return all(condition(module) for condition in conditions if condition is not None)
+
+
+@lru_cache(maxsize=1024)
+def weights_read(kind: type) -> frozenset[str]:
+    """The layers below a module of class `kind` with whose `weight` its forward computes, such as 'out_proj' or
+    'layers.*'; also in the methods that the forward calls."""
+    found: set[str] = set()
+    todo, seen = ["forward"], set()
+    while todo:
+        for function in _definitions(kind, todo.pop()):
+            if function not in seen:
+                seen.add(function)
+                names = set(_names_in(function.__code__))
+                todo += names
+                if "weight" in names:
+                    found.update(_weights_read_in(function))
+    return frozenset(found)
+
+
+def _definitions(kind: type, name: str) -> Iterator[FunctionType]:
+    """The method `name` of a class, and those above that it may reach by `super`; not those of `nn.Module`."""
+    for base in kind.__mro__:
+        function = inspect.unwrap(vars(base)[name]) if callable(vars(base).get(name)) else None
+        if base is nn.Module:
+            return
+        if isinstance(function, FunctionType):
+            yield function
+            if "super" not in function.__code__.co_names:
+                return
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _weights_read_in(function: FunctionType) -> Iterator[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # without a source there is nothing to find
+        return
+    owners = function.__code__.co_varnames[:1]  # 'self'
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    aliases: dict[str, list[str]] = {name: [] for name in owners}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            aliases.setdefault(node.targets[0].id, _path(node.value, aliases) or ["?"])
+        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            aliases.setdefault(node.target.id, [*(_path(node.iter, aliases) or ["?"]), "*"])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            path = _path(node.value, aliases)
+            if path and not _is_harmless(parents[node]):
+                yield ".".join(path)
+
+
+def _path(node: ast.AST, aliases: dict[str, list[str]]) -> list[str] | None:
+    """Where in the module an expression such as `self.layers[0].linear` lies: ['layers', '*', 'linear']."""
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id)
+    if isinstance(node, (ast.Attribute, ast.Subscript)):
+        path = _path(node.value, aliases)
+        return None if path is None else [*path, node.attr if isinstance(node, ast.Attribute) else "*"]
+    return None
+
+
+def _is_harmless(parent: ast.AST) -> bool:
+    """Whether an expression does no more than look at what kind of weight there is."""
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _HARMLESS_ATTRIBUTES
+    if isinstance(parent, ast.Call):
+        return isinstance(parent.func, ast.Name) and parent.func.id in _HARMLESS_CALLS
+    return isinstance(parent, ast.Compare) and isinstance(parent.ops[0], (ast.Is, ast.IsNot))
+
+
+def computes_linearly(layer: nn.Module) -> bool:
+    """Whether a subclass of `nn.Linear` or `Conv1D` with a forward of its own still computes x W^T + b.
+
+    Found on a small copy in float64, whatever the layer's own size and device. Weights of special types (quantised,
+    sharded) are taken for what PEFT takes them.
+    """
+    kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(layer, kind)), None)
+    if kind is None or type(layer).forward is kind.forward or type(layer.weight) is not nn.Parameter:
+        return True
+    if not layer.weight.is_floating_point():
+        return True
+    x, W, b = (torch.linspace(1, 9, n, dtype=torch.float64).sin() for n in (6, 12, 4))
+    small: Any = copy.copy(layer)
+    weight = W.view(4, 3) if kind is nn.Linear else W.view(3, 4)
+    own = {"weight": weight, "bias": None if layer.bias is None else b}
+    vars(small).update(_parameters=own, in_features=3, out_features=4, nx=3, nf=4, training=False)
+    try:
+        with torch.no_grad():
+            found = type(layer).forward(small, x.view(2, 3))
+            expected = kind.forward(small, x.view(2, 3))
+    except Exception:  # whatever it needs, it is not the input of a linear layer
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
