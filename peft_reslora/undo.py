@@ -34,6 +34,8 @@ def undone_on_failure(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> 
             parameter.requires_grad = requires_grad
         if not _holds(model, adapter_name):
             tuner.peft_config.pop(adapter_name, None)
+        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+            vars(model)["_hf_peft_config_loaded"] = False  # transformers (5.23) sets it before it injects
         raise
 
 

@@ -89,6 +89,10 @@ class MoRAConfig(SavedWhole, PeftConfig):
         default_factory=dict,
         metadata={"help": "Ranks other than `r`: layer name, name ending or regular expression to rank."},
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep copies in `modules_to_save` tied where the base model ties the weights, as in LoRA."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +101,9 @@ class MoRAConfig(SavedWhole, PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.ensure_weight_tying:  # as `LoraConfig` does; PEFT fills them in
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
         if faults := self._faults():
             raise ValueError("MoRAConfig cannot be used: " + "; ".join(faults) + ".")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -74,6 +75,8 @@ class MoRAModel(BaseTuner):
                 f"trainer.model, adapter_name={twins[0]!r}), adapter_name={adapter_name!r}).",
                 stacklevel=2,
             )
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def _create_and_replace(  # type: ignore[override]
         self,
