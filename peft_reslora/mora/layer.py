@@ -44,7 +44,7 @@ class MoRALayer(BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("mora_M",)
-    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout")
+    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "scaling", "mora_dropout")
     in_features: int
     out_features: int
 
@@ -59,6 +59,7 @@ class MoRALayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
         self.square_size: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}  # by adapter: what its update is multiplied by, in all that is made of it
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -70,12 +71,52 @@ class MoRALayer(BaseTunerLayer):
         mora_type = config.resolve_type(r)
         q = square_size(self.in_features, self.out_features, r, mora_type)
         self.r[adapter_name], self.mora_type[adapter_name], self.square_size[adapter_name] = r, mora_type, q
+        self.scaling[adapter_name] = 1.0
         self.mora_dropout[adapter_name] = nn.Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
         self.mora_M[adapter_name] = nn.Parameter(torch.zeros(q, q))
         if not config.init_weights:
             nn.init.uniform_(self.mora_M[adapter_name], -(q**-0.5), q**-0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the update of `adapter` by `scale` from now on, instead of by 1.
+
+        As in LoRA, an adapter that is not on this layer is passed over, and a saved adapter does not keep its scale.
+
+        Raises:
+            ValueError: if the adapter is merged.
+        """
+        if adapter not in self.scaling:
+            return
+        if adapter in self.merged_adapters and scale != self.scaling[adapter]:
+            raise ValueError(
+                f"Adapter {adapter!r} is merged into layer {self.layer_name} with scale {self.scaling[adapter]}, "
+                "which cannot be changed there. Unmerge it, set the scale, and merge again."
+            )
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters by `scale`.
+
+        Raises:
+            ValueError: if one of them is merged.
+        """
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.set_scale(adapter_name, self.scaling[adapter_name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters by `scale`, or set it to 1.
+
+        Raises:
+            ValueError: if one of them is merged, or `scale` is 0.
+        """
+        if scale == 0:
+            raise ValueError("A scale cannot be divided by 0; unscale_layer(None) sets it to 1.")
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.set_scale(adapter_name, 1.0 if scale is None else self.scaling[adapter_name] / scale)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What merging adds to the base weight, in the base weight's own orientation, at least in float32."""
@@ -121,6 +162,7 @@ class MoRALayer(BaseTunerLayer):
         return weight
 
     def _exact_matrix(self, adapter_name: str) -> torch.Tensor:
+        """M times its scale, at least in float32."""
         if adapter_name not in self.mora_M:
             raise ValueError(
                 f"Adapter {adapter_name!r} is not on layer {self.layer_name}; "
@@ -132,7 +174,7 @@ class MoRALayer(BaseTunerLayer):
                 f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is sharded or offloaded and "
                 "cannot be read. Save the adapter and load it into a model without sharding and offloading."
             )
-        return M.to(torch.promote_types(M.dtype, torch.float32))
+        return M.to(torch.promote_types(M.dtype, torch.float32)) * self.scaling[adapter_name]
 
 
 class MoRALinear(nn.Module, MoRALayer):
@@ -148,7 +190,7 @@ class MoRALinear(nn.Module, MoRALayer):
         self.update_layer(adapter_name, r, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) + sum over the active adapters of decompress(M compress(dropout(x)))."""
+        """base(x) + sum over the active adapters of decompress(scaling M compress(dropout(x)))."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -161,6 +203,8 @@ class MoRALinear(nn.Module, MoRALayer):
             if adapter_name in self.mora_M:
                 self._refuse_offloaded_training(self.mora_M[adapter_name], x)
                 M = self.mora_M(adapter_name)
+                if (scale := self.scaling[adapter_name]) != 1:
+                    M = M * scale
                 dropped = self.mora_dropout[adapter_name](self._cast_input_dtype(x, M.dtype))
                 result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
         return result.to(dtype)
