@@ -56,7 +56,7 @@ def reader_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
             continue
         path = ".".join("*" if part.isdigit() else part for part in parts[i:])
         kind: type = type(above)
-        if path in weights_read(kind) and _reads(above):
+        if path in weights_read(kind, _own_forward(above)) and _reads(above):
             return above
     return None
 
@@ -66,14 +66,23 @@ def _reads(module: nn.Module) -> bool:
     return all(condition(module) for condition in conditions if condition is not None)
 
 
+def _own_forward(module: nn.Module) -> FunctionType | None:
+    """The forward that fused kernels, or others, have set on the module itself; those of accelerate's hooks and of
+    other wrappers are looked through."""
+    forward = inspect.unwrap(vars(module)["forward"]) if "forward" in vars(module) else None
+    forward = getattr(forward, "__func__", forward)
+    return forward if isinstance(forward, FunctionType) else None
+
+
 @lru_cache(maxsize=1024)
-def weights_read(kind: type) -> frozenset[str]:
+def weights_read(kind: type, own_forward: FunctionType | None = None) -> frozenset[str]:
     """The layers below a module of class `kind` with whose `weight` its forward computes, such as 'out_proj' or
-    'layers.*'; also in the methods that the forward calls."""
+    'layers.*'; also in the methods that the forward calls. `own_forward` takes the place of the class's."""
     found: set[str] = set()
     todo, seen = ["forward"], set()
     while todo:
-        for function in _definitions(kind, todo.pop()):
+        name = todo.pop()
+        for function in [own_forward] if own_forward and name == "forward" else _definitions(kind, name):
             if function not in seen:
                 seen.add(function)
                 names = set(_names_in(function.__code__))

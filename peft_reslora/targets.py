@@ -86,7 +86,7 @@ def find_targets(
     layers = {name: layer for name, layer in chosen.items() if name not in faults}
     if not faults:
         return Targets(layers)
-    if layers and not named:
+    if layers and not named and not _selected_anyway(faults, layers, config):
         warnings.warn(f"{_tuner(config)} leaves out {_listed(faults)}.", stacklevel=3)
         return Targets(layers, list(faults))
     if config.inference_mode and all(fault.loads for fault in faults.values()):
@@ -97,6 +97,13 @@ def find_targets(
         f"{_tuner(config)} cannot adapt {_listed(faults)}. Name fewer modules in target_modules, or leave these out "
         f"with exclude_modules=r'{excluded}'."
     )
+
+
+def _selected_anyway(faults: Iterable[str], layers: Iterable[str], config: Config) -> bool:
+    """Whether a list of the other layers' names would select a faulty one too: PEFT compares the ends of names, and
+    replicates layers later."""
+    ends = tuple(f".{name}" for name in layers)
+    return bool(getattr(config, "layer_replication", None)) or any(name.endswith(ends) for name in faults)
 
 
 def _is_all_linear(config: Config) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from oracle import randomize_adapters, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -270,6 +271,31 @@ def test_all_linear_on_mamba_adapts_what_its_kernels_do_not_read(tuner):
 def test_where_nothing_else_is_left_all_linear_is_refused():
     model = nn.MultiheadAttention(8, 2)
     refuse(model, "cannot adapt out_proj", lambda: get_peft_model(model, ResLoRAConfig(target_modules="all-linear")))
+
+
+def test_a_layer_whose_name_ends_as_that_of_another_is_not_left_out_in_vain():
+    """PEFT would choose `attention.out_proj` by the name `out_proj`."""
+    model = nn.ModuleDict({"out_proj": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)})
+    refuse(model, r"attention\.out_proj", lambda: get_peft_model(model, ResLoRAConfig(target_modules="all-linear")))
+    config = ResLoRAConfig(target_modules="all-linear", exclude_modules=r"attention\.out_proj")
+    assert adapted_layers(get_peft_model(model, config)) == ["out_proj"]
+
+
+def fused(self: Tied, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(self.read(x), self.called.weight)
+
+
+@both_tuners
+def test_a_forward_of_the_module_itself_counts(tuner):
+    """As the kernels of transformers and others set it; accelerate's hooks keep the class's."""
+    model = Tied()
+    add_hook_to_module(model, ModelHook())
+    assert adapted_layers(get_peft_model(copy.deepcopy(model), TUNERS[tuner](target_modules=["called"]))) == ["called"]
+    refuse(model, "read by Tied", lambda: get_peft_model(model, TUNERS[tuner](target_modules=["read"])))
+    remove_hook_from_module(model)
+    model.forward = fused.__get__(model)
+    refuse(model, "read by Tied", lambda: get_peft_model(model, TUNERS[tuner](target_modules=["called"])))
+    assert adapted_layers(get_peft_model(model, TUNERS[tuner](target_modules=["read"]))) == ["read"]
 
 
 def test_an_adapter_that_was_saved_with_such_a_layer_still_loads(monkeypatch, tmp_path):
