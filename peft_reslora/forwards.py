@@ -116,27 +116,37 @@ def _weights_read_in(function: FunctionType) -> Iterator[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # without a source there is nothing to find
         return
-    owners = function.__code__.co_varnames[:1]  # 'self'
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    aliases: dict[str, list[str]] = {name: [] for name in owners}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            aliases.setdefault(node.targets[0].id, _path(node.value, aliases) or ["?"])
-        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
-            aliases.setdefault(node.target.id, [*(_path(node.iter, aliases) or ["?"]), "*"])
+    known = _variables(tree, function.__code__.co_varnames[:1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            path = _path(node.value, aliases)
+            path = _path(node.value, known)
             if path and not _is_harmless(parents[node]):
                 yield ".".join(path)
 
 
-def _path(node: ast.AST, aliases: dict[str, list[str]]) -> list[str] | None:
+def _variables(tree: ast.AST, module: tuple[str, ...]) -> dict[str, list[str]]:
+    """Where in the module the variables of a function lie: 'self' is the module, `layer = self.layer` a part of it."""
+    known: dict[str, list[str]] = {name: [] for name in module}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, path = node.targets[0], _path(node.value, known)
+        elif isinstance(node, ast.For):
+            target, path = node.target, _path(node.iter, known)
+            path = path and [*path, "*"]
+        else:
+            continue
+        if isinstance(target, ast.Name) and path:
+            known.setdefault(target.id, path)
+    return known
+
+
+def _path(node: ast.AST, known: dict[str, list[str]]) -> list[str] | None:
     """Where in the module an expression such as `self.layers[0].linear` lies: ['layers', '*', 'linear']."""
     if isinstance(node, ast.Name):
-        return aliases.get(node.id)
+        return known.get(node.id)
     if isinstance(node, (ast.Attribute, ast.Subscript)):
-        path = _path(node.value, aliases)
+        path = _path(node.value, known)
         return None if path is None else [*path, node.attr if isinstance(node, ast.Attribute) else "*"]
     return None
 

@@ -99,6 +99,20 @@ def find_targets(
     )
 
 
+def refuse_merged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to make an adapter anew whose former self is merged.
+
+    Raises:
+        ValueError: if a layer has an adapter of that name merged.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged into layer {name}, so that another of the same name cannot take "
+                "its place. Unmerge it first (unmerge_adapter), or give the new one another name."
+            )
+
+
 def _selected_anyway(faults: Iterable[str], layers: Iterable[str], config: Config) -> bool:
     """Whether a list of the other layers' names would select a faulty one too: PEFT compares the ends of names, and
     replicates layers later."""

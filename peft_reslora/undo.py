@@ -39,6 +39,23 @@ def undone_on_failure(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> 
         raise
 
 
+@contextmanager
+def configs_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the configs of the adapters that `model` holds if what happens inside raises.
+
+    A tuner that is made for a model with adapters enters its config first, also over that of an adapter of the same
+    name (PEFT 0.21.2).
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    before = dict(configs)
+    try:
+        yield
+    except BaseException:
+        configs.clear()
+        configs.update(before)
+        raise
+
+
 class _Before:
     """The attributes of an object, and what its dictionaries, lists and sets held."""
 

@@ -128,7 +128,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "modules": {name: (id(module), type(module), module.training) for name, module in model.named_modules()},
         "parameters": {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()},
         "buffers": {name: id(buffer) for name, buffer in model.named_buffers()},
-        "configs": sorted(getattr(model, "peft_config", {})),
+        "configs": {name: id(config) for name, config in getattr(model, "peft_config", {}).items()},
         "active": [module.active_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)],
     }
     if hasattr(model, "config"):
@@ -528,6 +528,7 @@ def test_a_refused_second_adapter_leaves_the_first_at_work(tuner, case):
     config, message = refused_config(tuner, case)
     refuse(model, message, lambda: model.add_adapter("second", config))
     refuse(model, message, lambda: inject_adapter_in_model(config, model.base_model.model, "second"))
+    refuse(model, message, lambda: inject_adapter_in_model(config, model.base_model.model, "default"))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(output_of(model, inputs), expected)
     model.add_adapter("second", TUNERS[tuner](**good))
@@ -536,6 +537,24 @@ def test_a_refused_second_adapter_leaves_the_first_at_work(tuner, case):
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert trained
     assert all(".second" in name for name in trained)
+
+
+@every_tuner
+def test_an_adapter_of_the_same_name_starts_anew(tuner):
+    """As in LoRA, when a cell of a notebook runs twice."""
+    base = llama().eval()
+    model = randomize_adapters(get_peft_model(copy.deepcopy(base), TUNERS[tuner](r=3, target_modules=TARGETS)))
+    inputs = {"input_ids": torch.randint(1, 53, (2, 5))}
+    again = get_peft_model(model.base_model.model, TUNERS[tuner](r=2, target_modules=TARGETS)).eval()
+    assert relative_error(output_of(again, inputs), output_of(base, inputs)) < 1e-6
+    fresh = get_peft_model(copy.deepcopy(base), TUNERS[tuner](r=2, target_modules=TARGETS)).eval()
+    expected = output_of(randomize_adapters(fresh), inputs)
+    assert relative_error(output_of(randomize_adapters(again), inputs), expected) < 1e-6
+    if tuner in ("input", "middle"):
+        again.peft_config["default"].merge_estimator = "drop"
+    again.merge_adapter()
+    third, inner = TUNERS[tuner](r=2, target_modules=TARGETS), again.base_model.model
+    refuse(inner, r"'default' is merged into layer model\..*Unmerge", lambda: get_peft_model(inner, third))
 
 
 @every_tuner

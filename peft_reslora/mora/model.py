@@ -21,8 +21,8 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_reslora.targets import find_targets, is_plain_linear
-from peft_reslora.undo import undone_on_failure
+from peft_reslora.targets import find_targets, is_plain_linear, refuse_merged
+from peft_reslora.undo import configs_kept, undone_on_failure
 
 from .config import MoRAConfig
 from .layer import MoRALayer, MoRALinear, broken_adapter_message
@@ -53,12 +53,17 @@ class MoRAModel(BaseTuner):
     tuner_layer_cls = MoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warn_of_an_uncopied_reference(model, adapter_name)
         config = self.peft_config[adapter_name]
         with undone_on_failure(self, model, adapter_name):
             why_not = partial(_why_not, quantization=get_quantization_kwargs(model))
             find_targets(model, config, self.target_module_mapping, why_not, kwargs.get("state_dict")).narrow(config)
+            refuse_merged(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:

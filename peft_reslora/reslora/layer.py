@@ -197,8 +197,12 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.lora_variant.pop(adapter_name, None)
         self.kept_base_weights.pop(adapter_name, None)
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Leave the chain, and what was recorded in it, as if the adapter were new."""
+        self.lora_variant.pop(adapter_name, None)
         for buffers in (getattr(self, name) for name in BUFFERS):
             if adapter_name in buffers:
                 del buffers[adapter_name]

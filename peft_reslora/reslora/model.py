@@ -17,7 +17,8 @@ from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, find_target_layers, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.variant import Chain, restore, stored
-from peft_reslora.undo import undone_on_failure
+from peft_reslora.targets import refuse_merged
+from peft_reslora.undo import configs_kept, undone_on_failure
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,20 @@ class ResLoRAModel(LoraModel):
 
     peft_config: dict[str, ResLoRAConfig]  # type: ignore[assignment]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         with undone_on_failure(self, model, adapter_name):
             targets = find_target_layers(model, config, kwargs.get("state_dict"))
             find_chains_before_injection(model, config, targets.layers)
             targets.narrow(config)
+            refuse_merged(model, adapter_name)
+            for layer in model.modules():  # an adapter of the same name starts anew, as in LoRA
+                if isinstance(layer, ResLoRALayer):
+                    layer.forget(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             link_chains(model, config, adapter_name)
 
