@@ -56,7 +56,9 @@ def reader_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
             continue
         path = ".".join("*" if part.isdigit() else part for part in parts[i:])
         kind: type = type(above)
-        if path in weights_read(kind, _own_forward(above)) and _reads(above):
+        processor: type = type(getattr(above, "processor", None))  # what diffusers' attention computes with
+        read = weights_read(kind, _own_forward(above)) | _weights_read_by_processor(processor)
+        if path in read and _reads(above):
             return above
     return None
 
@@ -92,6 +94,12 @@ def weights_read(kind: type, own_forward: FunctionType | None = None) -> frozens
     return frozenset(found)
 
 
+@lru_cache(maxsize=1024)
+def _weights_read_by_processor(kind: type) -> frozenset[str]:
+    call = inspect.unwrap(kind.__call__)
+    return frozenset(_weights_read_in(call, argument=1) if isinstance(call, FunctionType) else ())
+
+
 def _definitions(kind: type, name: str) -> Iterator[FunctionType]:
     """The method `name` of a class, and those above that it may reach by `super`; not those of `nn.Module`."""
     for base in kind.__mro__:
@@ -111,13 +119,14 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _weights_read_in(function: FunctionType) -> Iterator[str]:
+def _weights_read_in(function: FunctionType, argument: int = 0) -> Iterator[str]:
+    """The layers, below the module that a function is given as its `argument`, with whose weight it computes."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # without a source there is nothing to find
         return
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    known = _variables(tree, function.__code__.co_varnames[:1])
+    known = _variables(tree, function.__code__.co_varnames[argument : argument + 1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
             path = _path(node.value, known)
@@ -169,7 +178,7 @@ def computes_linearly(layer: nn.Module) -> bool:
     kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(layer, kind)), None)
     if kind is None or type(layer).forward is kind.forward or type(layer.weight) is not nn.Parameter:
         return True
-    if not layer.weight.is_floating_point():
+    if not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
         return True
     x, W, b = (torch.linspace(1, 9, n, dtype=torch.float64).sin() for n in (6, 12, 4))
     small: Any = copy.copy(layer)

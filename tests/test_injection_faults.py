@@ -285,6 +285,28 @@ def fused(self: Tied, x: torch.Tensor) -> torch.Tensor:
     return F.linear(self.read(x), self.called.weight)
 
 
+class Processor:
+    def __call__(self, attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return attn.out(F.linear(x.to(attn.out.weight.dtype), attn.qkv.weight))
+
+
+class Processed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.processor = Processor()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, x)
+
+
+@both_tuners
+def test_what_diffusers_processors_read_is_left_out(tuner):
+    with pytest.warns(UserWarning, match=r"leaves out qkv \(Linear\), which is read by Processed"):
+        model = get_peft_model(Processed(), TUNERS[tuner](r=2, target_modules="all-linear"))
+    assert adapted_layers(model) == ["out"]
+
+
 @both_tuners
 def test_a_forward_of_the_module_itself_counts(tuner):
     """As the kernels of transformers and others set it; accelerate's hooks keep the class's."""
