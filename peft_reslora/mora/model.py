@@ -62,8 +62,9 @@ class MoRAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with undone_on_failure(self, model, adapter_name):
             why_not = partial(_why_not, quantization=get_quantization_kwargs(model))
-            find_targets(model, config, self.target_module_mapping, why_not, kwargs.get("state_dict")).narrow(config)
+            targets = find_targets(model, config, self.target_module_mapping, why_not, kwargs.get("state_dict"))
             refuse_merged(model, adapter_name)
+            targets.narrow(config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:

@@ -43,8 +43,8 @@ class ResLoRAModel(LoraModel):
         with undone_on_failure(self, model, adapter_name):
             targets = find_target_layers(model, config, kwargs.get("state_dict"))
             find_chains_before_injection(model, config, targets.layers)
-            targets.narrow(config)
             refuse_merged(model, adapter_name)
+            targets.narrow(config)
             for layer in model.modules():  # an adapter of the same name starts anew, as in LoRA
                 if isinstance(layer, ResLoRALayer):
                     layer.forget(adapter_name)
