@@ -12,7 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -68,47 +68,48 @@ def _reads(module: nn.Module) -> bool:
     return all(condition(module) for condition in conditions if condition is not None)
 
 
-def _own_forward(module: nn.Module) -> FunctionType | None:
+def _own_forward(module: nn.Module) -> CodeType | None:
     """The forward that fused kernels, or others, have set on the module itself; those of accelerate's hooks and of
     other wrappers are looked through."""
-    forward = inspect.unwrap(vars(module)["forward"]) if "forward" in vars(module) else None
-    forward = getattr(forward, "__func__", forward)
-    return forward if isinstance(forward, FunctionType) else None
+    return _code_of(vars(module).get("forward"))
+
+
+def _code_of(function: Any) -> CodeType | None:
+    """Code, unlike a function, holds no module alive."""
+    unwrapped = inspect.unwrap(function) if callable(function) else None
+    return getattr(getattr(unwrapped, "__func__", unwrapped), "__code__", None)
 
 
 @lru_cache(maxsize=1024)
-def weights_read(kind: type, own_forward: FunctionType | None = None) -> frozenset[str]:
+def weights_read(kind: type, own_forward: CodeType | None = None) -> frozenset[str]:
     """The layers below a module of class `kind` with whose `weight` its forward computes, such as 'out_proj' or
     'layers.*'; also in the methods that the forward calls. `own_forward` takes the place of the class's."""
     found: set[str] = set()
     todo, seen = ["forward"], set()
     while todo:
         name = todo.pop()
-        for function in [own_forward] if own_forward and name == "forward" else _definitions(kind, name):
-            if function not in seen:
-                seen.add(function)
-                names = set(_names_in(function.__code__))
+        for code in [own_forward] if own_forward and name == "forward" else _definitions(kind, name):
+            if code not in seen:
+                seen.add(code)
+                names = set(_names_in(code))
                 todo += names
                 if "weight" in names:
-                    found.update(_weights_read_in(function))
+                    found.update(_weights_read_in(code))
     return frozenset(found)
 
 
 @lru_cache(maxsize=1024)
 def _weights_read_by_processor(kind: type) -> frozenset[str]:
-    call = inspect.unwrap(kind.__call__)
-    return frozenset(_weights_read_in(call, argument=1) if isinstance(call, FunctionType) else ())
+    call = _code_of(kind.__call__)
+    return frozenset(_weights_read_in(call, argument=1) if call else ())
 
 
-def _definitions(kind: type, name: str) -> Iterator[FunctionType]:
+def _definitions(kind: type, name: str) -> Iterator[CodeType]:
     """The method `name` of a class, and those above that it may reach by `super`; not those of `nn.Module`."""
-    for base in kind.__mro__:
-        function = inspect.unwrap(vars(base)[name]) if callable(vars(base).get(name)) else None
-        if base is nn.Module:
-            return
-        if isinstance(function, FunctionType):
-            yield function
-            if "super" not in function.__code__.co_names:
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if code := _code_of(vars(base).get(name)):
+            yield code
+            if "super" not in code.co_names:
                 return
 
 
@@ -119,14 +120,14 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _weights_read_in(function: FunctionType, argument: int = 0) -> Iterator[str]:
+def _weights_read_in(code: CodeType, argument: int = 0) -> Iterator[str]:
     """The layers, below the module that a function is given as its `argument`, with whose weight it computes."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # without a source there is nothing to find
         return
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    known = _variables(tree, function.__code__.co_varnames[argument : argument + 1])
+    known = _variables(tree, code.co_varnames[argument : argument + 1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
             path = _path(node.value, known)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +300,20 @@ class Processed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.processor(self, x)
+
+
+def test_reading_a_forward_keeps_no_module_alive():
+    model = nn.Sequential(Tied())
+    model[0].forward = closure_over(nn.Linear(8, 8))
+    found = weakref.ref(model[0].forward.__closure__[0].cell_contents)
+    get_peft_model(model, MoRAConfig(r=2, target_modules=["0.called"]))
+    del model
+    gc.collect()
+    assert found() is None
+
+
+def closure_over(kept: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: kept(x)
 
 
 @both_tuners
