@@ -72,12 +72,14 @@ def test_unet_chains_end_where_the_width_changes():
     assert any("shapes differ, 8->8 and 16->16" in link.reason for link in missing)
 
 
-def test_a_gap_ends_a_chain():
+def test_a_gap_ends_no_chain_but_a_cut_does():
     names = [f"model.layers.{n}.q_proj" for n in (0, 1, 3, 4, 5)]
-    assert chains_of_names(*names) == [names[:2], names[2:]]
-    (link,) = find_chains(targets(*names), "block", 1).missing
+    assert chains_of_names(*names) == [names]
+    cuts = {names[2]: "layer 2 is not targeted"}
+    assert chains_of_names(*names, cuts=cuts) == [names[:2], names[2:]]
+    (link,) = find_chains(targets(*names), "block", 1, cuts=cuts).missing
     assert (link.before, link.after) == (names[1], names[2])
-    assert link.reason == "blocks 1 and 3 are not consecutive"
+    assert link.reason == "layer 2 is not targeted"
 
 
 def test_blocks_are_ordered_as_numbers():

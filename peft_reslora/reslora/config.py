@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
+from peft_reslora.reslora.chain import AUTO, BY_NUMBER
 from peft_reslora.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
@@ -74,8 +75,20 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             "models whose blocks are not numbered as in 'layers.3.'; layers that match none are grouped as usual."
         },
     )
+    chain_cuts: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where new chains begin, other than at a new shape: names of layers, or of modules above them. "
+            "'auto', as a new config has it, finds them on the model at injection: where a layer between two others "
+            "is not targeted, where layers stand side by side, where keys and values are shared. The config then "
+            "holds them, so that the adapter keeps its chains. 'by_number' ends chains wherever block numbers are "
+            "not consecutive, as for adapters that version 0.1.0 saved."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.chain_cuts is None:  # a file of 0.1.0, which has no such field, tells PEFT's version as all files do
+            self.chain_cuts = AUTO if self.peft_version is None else BY_NUMBER
         super().__post_init__()
         self.peft_type = PeftType["RESLORA"]
         faults = [*self._own_faults(), *self._lora_faults()]
@@ -93,6 +106,9 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             faults.append(f"pre_num={self.pre_num} with shortcut='input', which accepts 1 only (Eq. 2)")
         if not isinstance(self.norm_window, int) or self.norm_window < 1:
             faults.append(f"norm_window={self.norm_window!r} must be a positive integer")
+        cuts = self.chain_cuts
+        if cuts not in (AUTO, BY_NUMBER) and not (isinstance(cuts, list) and all(isinstance(c, str) for c in cuts)):
+            faults.append(f"chain_cuts={cuts!r} must be {AUTO!r}, {BY_NUMBER!r} or a list of names of modules")
         if not isinstance(self.r, int) or self.r < 1:
             faults.append(f"r={self.r!r} must be a positive integer")
         return faults

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -18,8 +19,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_reslora.reslora.chain import ChainTable, Target, find_chains
+from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
+from peft_reslora.reslora.cuts import cuts_of, cuts_to_keep, find_cuts, is_new, refuse_moved_rows
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.variant import Chain
 
@@ -38,10 +40,13 @@ def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
 
 def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> None:
     """Find the chains of an injected adapter and tell each layer its place."""
-    table = find_injected_chains(model, config, adapter_name)
+    targets = _targets_of(model, adapter_name)
+    if is_new(config):
+        config.chain_cuts = cuts_to_keep(model, config, targets)
+    table = _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
     layers = dict(_adapted_layers(model, adapter_name))
-    for targets in table.chains:
-        names = [target.name for target in targets]
+    for members in table.chains:
+        names = [target.name for target in members]
         chain = Chain(names, [layers[name] for name in names], adapter_name, config)
         for position, layer in enumerate(chain.layers):
             layer.link(adapter_name, chain, position)
@@ -56,11 +61,62 @@ def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> N
 
 def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> ChainTable:
     """The chains of an adapter that is in the model."""
-    targets = [
+    targets = _targets_of(model, adapter_name)
+    cuts = cuts_of(config, targets)
+    reasons = find_cuts(model, targets, config.chain_pattern)
+    explained = {name: reasons.get(name, reason) for name, reason in cuts.items()}
+    return find_chains(targets, *chain_settings(config), explained)
+
+
+def _targets_of(model: nn.Module, adapter_name: str) -> list[Target]:
+    return [
         Target(name, layer.in_features, layer.out_features, layer.r[adapter_name])
         for name, layer in _adapted_layers(model, adapter_name)
     ]
-    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+
+
+@contextmanager
+def combined_cuts(model: nn.Module, configs: Mapping[str, ResLoRAConfig], adapters: Sequence[str]) -> Iterator[None]:
+    """Let the config of the first adapter, which PEFT copies for a combination, hold the cuts of the combination.
+
+    Raises:
+        ValueError: if the adapters link the same layers in different ways, which one adapter cannot.
+    """
+    chains = dict.fromkeys(tuple(chain.names) for name in adapters for chain in chains_of(model, name))
+    _refuse_other_layers([configs[name] for name in adapters if name in configs])
+    found = [target for name in adapters for target in _targets_of(model, name)]
+    targets = list({target.name: target for target in found}.values())
+    first = configs.get(adapters[0]) if adapters else None
+    if first is None:
+        yield  # PEFT says that there is no such adapter
+        return
+    cuts = {names[0]: "a chain begins here in one of the adapters" for names in chains}
+    table = find_chains(targets, *chain_settings(first), cuts)
+    made = {tuple(target.name for target in chain) for chain in table.chains}
+    if unlike := [names for names in chains if names not in made]:
+        raise ValueError(
+            f"The adapters {list(adapters)} link their layers in different ways: the chain of {len(unlike[0])} layers "
+            f"from {unlike[0][0]!r} to {unlike[0][-1]!r} is in one of them only, so one adapter cannot hold them all. "
+            "Export each with save_as_lora and combine those."
+        )
+    kept = first.chain_cuts
+    first.chain_cuts = shortest_cuts({link.after for link in table.missing if link.after in cuts}, table)
+    try:
+        yield
+    finally:
+        first.chain_cuts = kept
+
+
+def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
+    """PEFT gives a combination the first adapter's layers where these fields say which (read in 0.21.2)."""
+    for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        chosen = [getattr(config, field) for config in configs]
+        if any(other != chosen[0] for other in chosen):
+            raise ValueError(
+                f"The adapters have different {field}, {chosen}, and the combination would have the layers of the "
+                "first only. Choose layers with target_modules alone, or export each with save_as_lora and combine "
+                "those."
+            )
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
@@ -73,7 +129,7 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
     """The chains that `config` would make of `model`, which is not changed.
 
     Raises:
-        ValueError: naming target layers that ResLoRA cannot adapt.
+        ValueError: naming target layers that ResLoRA cannot adapt or link.
     """
     targets, refused = [], []
     for name, layer in _targeted_layers(model, config):
@@ -92,7 +148,11 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
             f"{', '.join(refused[:5])}. Leave them out with exclude_modules; train embeddings with modules_to_save or "
             "trainable_token_indices."
         )
-    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+    if not is_new(config):
+        return _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
+    table = find_chains(targets, *chain_settings(config), find_cuts(model, targets, config.chain_pattern))
+    refuse_moved_rows(model, table)
+    return _checked(table)
 
 
 def _targeted_layers(model: nn.Module, config: ResLoRAConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -103,7 +163,7 @@ def _targeted_layers(model: nn.Module, config: ResLoRAConfig) -> Iterator[tuple[
         default = LoraModel.target_module_mapping.get(model_type)
         if default is None:
             return  # PEFT asks for target_modules in its own words
-        config.target_modules = list(default)
+        config.target_modules = default if isinstance(default, str) else list(default)
     _maybe_include_all_linear_layers(config, model)
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from peft_reslora.reslora.chain import ChainTable, Target, find_chains, reach
+from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, reach
+from peft_reslora.reslora.cuts import cuts_of
 
 if TYPE_CHECKING:
     from peft_reslora.reslora.config import ResLoRAConfig
@@ -281,7 +282,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
 def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> ChainTable:
     """The chains that the layers of a saved adapter form."""
     targets = [Target(name, b.A.shape[1], b.B.shape[0], b.A.shape[0]) for name, b in blocks.items()]
-    return find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern)
+    return find_chains(targets, *chain_settings(config), cuts_of(config, targets))
 
 
 def scaling_of(config: ResLoRAConfig, name: str, rank: int) -> float:

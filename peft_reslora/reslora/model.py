@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
-from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
+from peft_reslora.reslora.linking import chains_of, combined_cuts, find_chains_before_injection, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.variant import Chain, restore, stored
 
@@ -134,7 +134,8 @@ class ResLoRAModel(LoraModel):
                 "each with save_as_lora, which is exact for annealed adapters, and combine those."
             )
         _refuse_unequal_scalings(self.model, adapters)
-        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+        with combined_cuts(self.model, self.peft_config, adapters):
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
