@@ -57,11 +57,12 @@ class Role:
 
 @dataclass(frozen=True)
 class ChainTable:
-    """All chains of one adapter. `str()` prints it as a table."""
+    """All chains of one adapter, and what a forward pass showed of them. `str()` prints it as a table."""
 
     shortcut: str
     pre_num: int
     roles: tuple[Role, ...]
+    findings: tuple[str, ...] = ()
 
     @property
     def chains(self) -> list[tuple[Target, ...]]:
@@ -98,6 +99,8 @@ class ChainTable:
         lines = [title + f"{self.num_links} links", *format_table(rows)]
         if self.missing:
             lines += ["links not made:", *(f"  {m.before} -> {m.after}: {m.reason}" for m in self.missing)]
+        if self.findings:
+            lines += ["seen in a forward pass:", *(f"  {finding}" for finding in self.findings)]
         return "\n".join(lines)
 
 

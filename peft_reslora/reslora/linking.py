@@ -6,6 +6,8 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -192,7 +194,10 @@ def _checked(table: ChainTable) -> ChainTable:
 
 
 def describe_chains(
-    model: nn.Module | PretrainedConfig, config: ResLoRAConfig | None = None, adapter_name: str = "default"
+    model: nn.Module | PretrainedConfig,
+    config: ResLoRAConfig | None = None,
+    adapter_name: str = "default",
+    batch: Mapping[str, Any] | None = None,
 ) -> ChainTable:
     """Print, and return, who is linked to whom, and which links were not made and why.
 
@@ -201,11 +206,18 @@ def describe_chains(
             transformers config, of which a model without weights is built.
         config: what would be injected.
         adapter_name: the adapter to describe, if the model holds several.
+        batch: arguments of the model's forward. One pass of the base model shows layers that are not called or called
+            several times, links between layers that do not depend on each other, and layers that all get one input,
+            such as the keys of cross-attention. The model stays as it is.
 
     Raises:
-        ValueError: if neither the model nor `config` says which adapter.
+        ValueError: if neither the model nor `config` says which adapter, or for a `batch` without a model.
     """
     if isinstance(model, PretrainedConfig):
+        if batch is not None:
+            raise ValueError(
+                f"describe_chains got a batch and a {type(model).__name__}, of which no model can run; pass the model."
+            )
         model = _without_weights(model)
     if config is not None:
         table = find_chains_before_injection(model, config)
@@ -217,6 +229,10 @@ def describe_chains(
                 "describe_chains(model, ResLoRAConfig(...)) to see the chains before injection."
             )
         table = find_injected_chains(model, held[adapter_name], adapter_name)
+    if batch is not None:
+        from peft_reslora.reslora.tracing import findings  # which runs models, as calibration does, and builds on this
+
+        table = replace(table, findings=findings(model, table, batch))
     print(table)  # noqa: T201
     return table
 
