@@ -43,7 +43,7 @@ def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
 def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> None:
     """Find the chains of an injected adapter and tell each layer its place."""
     targets = _targets_of(model, adapter_name)
-    if is_new(config):
+    if new := is_new(config):
         config.chain_cuts = cuts_to_keep(model, config, targets)
     table = _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
     layers = dict(_adapted_layers(model, adapter_name))
@@ -52,12 +52,26 @@ def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> N
         chain = Chain(names, [layers[name] for name in names], adapter_name, config)
         for position, layer in enumerate(chain.layers):
             layer.link(adapter_name, chain, position)
-    if layers and not table.num_links:
-        doubled = ", at twice the scaling" if config.shortcut == "input" else ""
+    _warn_of_lone_layers(adapter_name, config, table, new)
+
+
+def _warn_of_lone_layers(adapter_name: str, config: ResLoRAConfig, table: ChainTable, new: bool) -> None:
+    """Say so if no layer is linked; or, of a new adapter, if layers that are not have twice the scaling."""
+    lone = [chain[0].name for chain in table.chains if len(chain) == 1]
+    total = sum(len(chain) for chain in table.chains)
+    doubled = ", at twice the scaling" if config.shortcut == "input" else ""
+    if total and not table.num_links:
         warnings.warn(
-            f"Adapter {adapter_name!r} has no shortcut at all: none of its {len(layers)} layers is linked to another, "
+            f"Adapter {adapter_name!r} has no shortcut at all: none of its {total} layers is linked to another, "
             f"so it trains plain LoRA{doubled}. See describe_chains(model) for the reasons, or set chain_pattern.",
-            stacklevel=2,
+            stacklevel=3,
+        )
+    elif new and lone and doubled:
+        warnings.warn(
+            f"{len(lone)} of the {total} layers of adapter {adapter_name!r} are linked to no other and train plain "
+            f"LoRA{doubled}: {', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}. Leave them out with "
+            "exclude_modules, or see describe_chains(model).",
+            stacklevel=3,
         )
 
 
