@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -70,19 +71,14 @@ def test_a_layer_that_is_not_targeted_ends_a_chain_in_the_model_and_in_its_files
 
 
 def test_a_model_without_the_layer_between_links_and_keeps_no_cuts():
-    base = LLAMA.make()
-    for n in (1, 2):
-        del base.model.layers[n].self_attn.q_proj
-    model = adapted(base)
+    model = adapted(without_two_queries())
     assert model.peft_config["default"].chain_cuts == []
     assert lengths(model) == [2]
 
 
 def test_an_adapter_of_0_1_0_keeps_its_chains(tmp_path):
     """Its config has no `chain_cuts`; there, a gap in the block numbers ended a chain, whatever the model had."""
-    base = LLAMA.make()
-    for n in (1, 2):
-        del base.model.layers[n].self_attn.q_proj
+    base = without_two_queries()
     adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -103,15 +99,42 @@ def test_the_rule_of_0_1_0_cuts_at_every_change_of_shape():
     assert [len(c) for c in find_chains(targets, "block", 1, cuts=cuts).chains] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("copied", [lambda config: config, copy.copy, copy.deepcopy])
-def test_a_config_that_is_used_again_has_its_cuts_found_on_the_other_model(copied):
-    config = ResLoRAConfig(target_modules=["q_proj"], layers_to_transform=[0, 3])
-    get_peft_model(LLAMA.make(), config)
-    assert config.chain_cuts == ["model"]  # every layer of the adapter in it begins a chain
-    without = LLAMA.make()
+def without_two_queries() -> nn.Module:
+    base = LLAMA.make()
     for n in (1, 2):
-        del without.model.layers[n].self_attn.q_proj
-    assert lengths(get_peft_model(without, copied(config))) == [2]
+        del base.model.layers[n].self_attn.q_proj
+    return base
+
+
+@pytest.mark.parametrize("copied", [lambda config: config, copy.copy, copy.deepcopy, dataclasses.replace])
+def test_a_config_that_is_used_again_has_its_cuts_found_on_the_other_model(copied, tmp_path):
+    config = ResLoRAConfig(target_modules=["q_proj"], layers_to_transform=[0, 3])
+    first = get_peft_model(LLAMA.make(), config)
+    again = copied(config)
+    assert lengths(get_peft_model(without_two_queries(), again)) == [2]
+    assert lengths(first) == [1, 1]
+    first.save_pretrained(tmp_path)  # still with its own
+    assert lengths_in_files(tmp_path) == [1, 1]
+    assert config.chain_cuts == ["model"]  # every layer of the adapter in it begins a chain
+
+
+def test_transformers_own_way_keeps_the_cuts(tmp_path):
+    base = LLAMA.make()
+    base.add_adapter(ResLoRAConfig(target_modules=["q_proj"], layers_to_transform=[0, 2, 3]), adapter_name="default")
+    base.save_pretrained(tmp_path)
+    assert lengths(base) == lengths_in_files(tmp_path) == [1, 2]
+    loaded = LLAMA.make()
+    loaded.load_adapter(tmp_path, adapter_name="default")
+    assert lengths(loaded) == [1, 2]
+
+
+def test_the_table_of_a_second_adapter_is_the_one_it_gets():
+    model = get_peft_model(LLAMA.make(), ResLoRAConfig(target_modules=["q_proj"]))
+    config = ResLoRAConfig(target_modules=["q_proj"], layers_to_transform=[0, 2, 3])
+    table = describe_chains(model, config)
+    model.add_adapter("second", config)
+    assert table == describe_chains(model, adapter_name="second")
+    assert [len(chain) for chain in table.chains] == [1, 2]
 
 
 def test_a_config_that_is_written_and_read_before_injection_is_still_new(tmp_path):

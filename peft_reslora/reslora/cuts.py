@@ -5,6 +5,7 @@ They are found once, when an adapter is made, and stand in its config from then 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -36,12 +37,20 @@ _SIDE_BY_SIDE = re.compile(r"head|embed|proj|merger|hypernetwork|output|adapter|
 
 
 class FoundCuts(list[str]):
-    """Cuts that were found on a model of this process: a config that holds them has them found anew on another."""
+    """Cuts that were found on a model of this process; where the config is used again, they are found anew."""
 
 
 def is_new(config: ResLoRAConfig) -> bool:
     """Whether the adapter's chains are still to be found on the model it is injected into."""
     return config.chain_cuts == AUTO or isinstance(config.chain_cuts, FoundCuts)
+
+
+def own_config(config: ResLoRAConfig) -> ResLoRAConfig:
+    """The config for an adapter that is injected: a copy, if another one already keeps its cuts in this one."""
+    if isinstance(config.chain_cuts, FoundCuts):
+        config = copy.copy(config)
+        config.chain_cuts = AUTO
+    return config
 
 
 def cuts_of(config: ResLoRAConfig, targets: Sequence[Target]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -147,6 +148,8 @@ def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> Cha
     Raises:
         ValueError: naming target layers that ResLoRA cannot adapt or link.
     """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     targets, refused = [], []
     for name, layer in _targeted_layers(model, config):
         if isinstance(layer, _REFUSED_BASE_LAYERS):

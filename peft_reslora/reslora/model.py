@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from peft_reslora.reslora.config import ResLoRAConfig
+from peft_reslora.reslora.cuts import own_config
 from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import chains_of, combined_cuts, find_chains_before_injection, link_chains
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
@@ -33,7 +34,7 @@ class ResLoRAModel(LoraModel):
     peft_config: dict[str, ResLoRAConfig]  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name])
         if kwargs.get("state_dict") is None:
             find_chains_before_injection(model, config)  # refuses before the model is changed
         super().inject_adapter(model, adapter_name, *args, **kwargs)
