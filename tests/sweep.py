@@ -1,6 +1,6 @@
 """A sweep over the model types of the installed transformers: what ResLoRA makes of each, shrunken and untrained.
 
-    python tests/sweep.py --write docs/models.md      (half an hour on two cores; nothing is downloaded)
+    python tests/sweep.py --write docs/models.md      (an hour on two cores; nothing is downloaded)
     python tests/sweep.py qwen3_next swin             (these only, printed)
 
 Each model is built from its default config with small sizes, adapted with "all-linear", and compared with hooks on the
@@ -29,13 +29,14 @@ from peft import get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from peft_reslora import ResLoRAConfig
 from peft_reslora.reslora.linking import chains_of
 
 MODES = [("input", 1), ("block", 1), ("middle", 1)]
 TOLERANCE = 1000 * torch.finfo(torch.float32).eps  # models compute norms, softmax and rotations in float32
-PARAMETERS = 3_000_000  # of one model
+PARAMETERS = 5_000_000  # of one model
 SECONDS = 60  # of the processor, for one model
 _PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_types")
 
@@ -44,6 +45,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"conv|feat_extract|num_labels", 10**9),
     (r"vocab_size|num_embeddings", 99),
     (r"period|depths", 2),
+    (r"window_size", 4),
     (r"offset|n_groups", 1),
     (r"kv_shared|nextn|mtp|num_dense|first_k_dense", 1),
     (r"experts_per_tok|top_?k", 2),
@@ -179,6 +181,8 @@ def sweep(model_type: str) -> Verdict:
     try:
         with _at_most(SECONDS):
             base = build(model_type).double()
+            if not any(isinstance(module, nn.Linear | Conv1D) for module in base.modules()):
+                raise ValueError("no linear layers to adapt")
             inputs = _inputs_that_run(base)
             for shortcut, pre_num in MODES:
                 verdict.by_shortcut[shortcut] = _compare(base, inputs, shortcut, pre_num, verdict)
@@ -193,6 +197,7 @@ def _inputs_that_run(base: nn.Module) -> dict[str, Any]:
         inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
         try:
             first, second = (output_of(copy.deepcopy(base), inputs) for _ in range(2))
+            first.sum().backward()
         except Exception as error:
             errors.append(error)
             continue

@@ -22,6 +22,8 @@ from peft_reslora.reslora.chain import Target, cuts_by_number, find_chains, shor
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.reslora.merge import blocks_from_state_dict, chains_of_blocks
 
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* has no shortcut at all")  # most of these are cut short
+
 LLAMA = TINY_MODELS["llama"]
 
 
