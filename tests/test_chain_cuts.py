@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from oracle import randomize_adapters, relative_error
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS, output_of
 from torch import nn
@@ -92,6 +92,11 @@ def test_an_adapter_of_0_1_0_keeps_its_chains(tmp_path):
         assert model.peft_config["default"].chain_cuts == "by_number"
         assert describe_chains(model).missing[0].reason == "blocks 0 and 3 are not consecutive"
         model.save_pretrained(tmp_path)
+
+
+def test_a_config_made_of_a_lora_config_is_new():
+    config = ResLoRAConfig(**LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2, 3]).to_dict())
+    assert config.chain_cuts == "auto"
 
 
 def test_the_rule_of_0_1_0_cuts_at_every_change_of_shape():

@@ -87,8 +87,10 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.chain_cuts is None:  # a file of 0.1.0, which has no such field, tells PEFT's version as all files do
-            self.chain_cuts = AUTO if self.peft_version is None else BY_NUMBER
+        if self.chain_cuts is None:
+            # A file of version 0.1.0 has no such field, but its type and PEFT's version, which a new config has not.
+            saved = self.peft_version is not None and self.peft_type == PeftType["RESLORA"]
+            self.chain_cuts = BY_NUMBER if saved else AUTO
         super().__post_init__()
         self.peft_type = PeftType["RESLORA"]
         faults = [*self._own_faults(), *self._lora_faults()]
