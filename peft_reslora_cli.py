@@ -17,6 +17,7 @@ from pathlib import Path
 
 SHORTCUTS = ("input", "block", "middle")
 DTYPES = ("float32", "float16", "bfloat16")
+_LONGEST_LINE = 1200  # characters; other libraries list all of their classes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"peft-reslora: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("peft-reslora: interrupted")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"peft-reslora: error: {_one_line(error)}")
+    except Exception as error:  # what a file or config from somebody else makes other libraries raise
+        sys.exit(f"peft-reslora: error: {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(message: object) -> str:
+    """On one line of a length that can be read, without what would do something to the terminal."""
+    text = " ".join(str(message).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}... ({len(text):,} characters)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,7 +155,7 @@ def _prepare_process() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    sys.stderr.write(f"peft-reslora: warning: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"peft-reslora: warning: {_one_line(message)}\n")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,27 @@ The arguments are described in `peft_reslora_cli`, which can be imported without
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, export_lora_from_files
+from peft_reslora.export.base import base_classes, fitting_bases, is_oversized, without_weights
 from peft_reslora.export.card import method_name
+from peft_reslora.export.reading import read_config, read_tensors, refuse_patterns, refuse_uncovered
+from peft_reslora.export.text import printable
 from peft_reslora.mora.model import size_table
+from peft_reslora.names import bare_name
 from peft_reslora.reslora.chain import ChainTable, format_table
 from peft_reslora.reslora.linking import find_chains_before_injection
 from peft_reslora.reslora.merge import (
@@ -33,17 +36,12 @@ from peft_reslora.reslora.merge import (
     chains_of_blocks,
     is_exact,
 )
-from peft_reslora.saving import WEIGHTS_FILE, refuse_damaged
+from peft_reslora.stamps import STAMP_NAMES
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
-say = partial(print, flush=True)
+def say(text: object) -> None:
+    """Print; of what a name may hold, only what does nothing to the terminal."""
+    print("\n".join(map(printable, str(text).split("\n"))), flush=True)  # noqa: T201
 
 
 def quickstart(args: Namespace) -> int:
@@ -105,7 +103,9 @@ def inspect(args: Namespace) -> int:
     if chosen:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
         raise ValueError(f"{folder} is a saved adapter, which has its own settings; leave out {flags}")
-    say(_describe_adapter(_read_config(folder), _read_tensors(folder)))
+    config, tensors = read_config(folder), read_tensors(folder)
+    refuse_patterns(config, _layer_names(tensors))
+    say(_describe_adapter(config, tensors))
     return 0
 
 
@@ -117,8 +117,10 @@ def _chains_of_model(name: str, chosen: dict[str, Any]) -> ChainTable:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no saved adapter, and loading it as a model gives: {error}") from error
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config)
+    classes = base_classes(PeftConfig(), config)  # AutoModel's comes last, and gives the shortest names
+    models = (without_weights(base_class, config) for base_class in reversed(classes))
+    if (model := next((model for model in models if model is not None), None)) is None:
+        raise ValueError(f"transformers has no class that makes a model of the config of {name}")
     table = find_chains_before_injection(model, ResLoRAConfig(**chosen))
     if not table.chains:
         linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
@@ -127,14 +129,18 @@ def _chains_of_model(name: str, chosen: dict[str, Any]) -> ChainTable:
 
 
 def _describe_adapter(config: PeftConfig, tensors: dict[str, Tensor]) -> str:
-    buffers = ("lora_norm", *SHORTCUT_PARTS)
+    buffers = ("lora_norm", *SHORTCUT_PARTS, *(STAMP_NAMES if config.peft_type in ("RESLORA", "MORA") else ()))
     parameters = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers))
-    lines = [f"{method_name(config)} adapter for {config.base_model_name_or_path}, {parameters:,} parameters"]
+    lines = [
+        f"{method_name(config)} adapter for {printable(config.base_model_name_or_path)}, {parameters:,} parameters"
+    ]
     if isinstance(config, ResLoRAConfig):
         blocks = blocks_from_state_dict(config, tensors)
         lines += [_describe_merge(config, list(blocks.values())), str(chains_of_blocks(config, blocks))]
     elif isinstance(config, MoRAConfig):
-        lines += format_table(size_table(config, {key: len(tensor) for key, tensor in tensors.items()}))
+        lines += format_table(
+            size_table(config, {key: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim})
+        )
     else:
         lines.append("Only ResLoRA links layers, so there are no chains.")
     return "\n".join(lines)
@@ -149,42 +155,39 @@ def _describe_merge(config: ResLoRAConfig, blocks: list[Block]) -> str:
     return f"merge: estimated by merge_estimator={config.merge_estimator!r}; {data}"
 
 
-def _read_config(folder: Path) -> PeftConfig:
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds no adapter_config.json, so it is not the folder of a saved adapter")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'adapter_config.json'} cannot be read as an adapter's config: {error!r}"
-        ) from error
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; save the adapter again")
-    refuse_damaged(path)
-    return load_file(path)
-
-
 def _load_adapter_on_base(folder: Path, base: str) -> PeftModel:
     """Load the base as the class that the adapter was trained on, and the adapter onto it; it then names this base."""
-    config = _read_config(folder)
-    if config.task_type is not None:
-        name = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
-    else:
-        name = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"{folder} was trained on a {name}, which is not a class of transformers; call "
-            "peft_reslora.save_as_lora(path, model) on the loaded model instead"
-        )
-    base_model = model_class.from_pretrained(base)
+    config, layers = read_config(folder), _layer_names(read_tensors(folder))
+    base_model = _class_of_base(folder, config, base, layers).from_pretrained(base)
+    refuse_patterns(config, [*layers, *(name for name, _ in base_model.named_modules())])
+    if hasattr(config, "target_modules"):
+        refuse_uncovered(config, layers, folder.name)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder))
     except RuntimeError as error:  # torch's word for tensors of other shapes
         raise ValueError(f"the adapter in {folder} does not fit the base model {base}: {error}") from error
     model.peft_config["default"].base_model_name_or_path = base
     return model
+
+
+def _class_of_base(folder: Path, config: PeftConfig, base: str, layers: set[str]) -> Any:
+    """The class of transformers whose models have the adapter's layers; the likeliest one where none has."""
+    if is_oversized(base_config := transformers.AutoConfig.from_pretrained(base)):
+        raise ValueError(f"the config of {base} asks for more layers than any model has")
+    fitting = (base_class for base_class, _ in fitting_bases(config, base_config, layers))
+    found = next(fitting, None)
+    name = (config.auto_mapping or {}).get("base_model_class") if config.task_type is None else None
+    if found is None and name is not None and not hasattr(transformers, name):
+        raise ValueError(
+            f"{folder} was trained on a {name}, which is not a class of transformers; call "
+            "peft_reslora.save_as_lora(path, model) on the loaded model instead"
+        )
+    if found is None and not (likely := base_classes(config, base_config)):
+        raise ValueError(f"transformers has no class for a model such as {base}, whose model_type is another")
+    return found or likely[0]
+
+
+def _layer_names(tensors: dict[str, Tensor]) -> set[str]:
+    """The layers of a saved adapter, by whichever method."""
+    found = (re.match(r"(?:base_model\.model\.)?(.+?)\.(?:lora|mora|hada|lokr)_", key) for key in tensors)
+    return {bare_name(match[1]) for match in found if match}

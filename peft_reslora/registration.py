@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import peft
+import transformers
 from packaging.version import Version
 from peft.utils.peft_types import PeftType
 
 # The test suite passes on these; earlier ones lack the tuner's hooks for state dicts (`_get_adapter_state_dict`,
 # `_remap_adapter_state_dict_for_load`), which this plugin needs to refuse a checkpoint that does not fit.
 SUPPORTED_PEFT = (Version("0.21.0"), Version("0.22.0"))
+# 5.24 refuses PEFT below 0.22 in `add_adapter`, `load_adapter` and the like (MIN_PEFT_VERSION in
+# transformers/integrations/peft.py, 0.20.0 in 5.23): both bounds rise together.
+SUPPORTED_TRANSFORMERS = (Version("5.0.0"), Version("5.24.0"))
 
 
 def check_peft_version(version: str = peft.__version__) -> None:
@@ -19,12 +23,28 @@ def check_peft_version(version: str = peft.__version__) -> None:
     Raises:
         ImportError: if `version` is outside `SUPPORTED_PEFT`.
     """
-    first, beyond = SUPPORTED_PEFT
-    if not first <= Version(version) < beyond:
-        raise ImportError(
-            f"peft_reslora works with peft>={first},<{beyond}, but peft {version} is installed. "
-            f"Install a supported one: pip install 'peft>={first},<{beyond}'."
-        )
+    _check_version("peft", version, *SUPPORTED_PEFT)
+
+
+def check_transformers_version(version: str = transformers.__version__) -> None:
+    """Refuse a transformers on which the test suite does not pass.
+
+    Raises:
+        ImportError: if `version` is outside `SUPPORTED_TRANSFORMERS`.
+    """
+    _check_version("transformers", version, *SUPPORTED_TRANSFORMERS)
+
+
+def _check_version(package: str, version: str, first: Version, beyond: Version) -> None:
+    """A development version or a release candidate counts as the version that it leads to."""
+    installed = Version(Version(version).base_version)
+    if first <= installed < beyond:
+        return
+    newer = "Look for a newer peft_reslora that knows it, or install" if installed >= beyond else "Install"
+    raise ImportError(
+        f"peft_reslora works with {package}>={first},<{beyond}, but {package} {version} is installed. "
+        f"{newer} a supported one: pip install '{package}>={first},<{beyond}'."
+    )
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -84,6 +104,7 @@ def _origin(entry: object) -> str:
 def register() -> None:
     """Register the tuners of this package. Idempotent."""
     check_peft_version()
+    check_transformers_version()
     # The configs set `PeftType.RESLORA` and `PeftType.MORA`, so the members have to be there before they are imported.
     add_peft_type("RESLORA")
     add_peft_type("MORA")

@@ -13,20 +13,26 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from peft_reslora.lora_savers import NotSavedAsLora
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _DIGEST = "sha256"  # in the header of the weights
 _ABANDONED_AFTER = 60 * 60  # seconds
 
 
-class SavedWhole(PeftConfig if TYPE_CHECKING else object):  # type: ignore[misc]
+class SavedWhole(NotSavedAsLora):
     """What the configs of both tuners do when an adapter is saved and loaded."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT, for the file: the tensors that are saved with it have stamps."""
+        return {**super().to_dict(), "stamped": True}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; the file is replaced in one step, the weights beside it are sealed, and the model card says how

@@ -1,6 +1,7 @@
 """One process of an engine: trains a tiny model for two steps per case and writes what it saw.
 
-Run by `test_engines.py` with the environment that torchrun sets: python engine_worker.py ENGINE OUTPUT
+Run by `test_engines.py` with the environment that torchrun sets: python engine_worker.py ENGINE OUTPUT, where the
+engine "each" stands for one case under each of them, for which the processes start once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ TUNERS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -
 # fmt: on
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
-ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+CASE_OF_EACH = {
+    "ddp": (("middle", -1), "non-reentrant"),
+    "fsdp2": (("block", 1), "none"),
+    "zero2": (("mora", 1), "none"),
+    "zero3": (("input", 1), "reentrant"),
+}
 LEARNING_RATE = 0.05
 BATCH = 4
 
@@ -38,11 +44,11 @@ def case_id(tuner: tuple[str, int], checkpointing: str) -> str:
 
 
 def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
-    """The same model with the same adapter in every process."""
+    """The same model with the same adapter in every process, in float64."""
     name, pre_num = tuner
     fields: dict[str, Any] = {"r": 3, "target_modules": TINY_MODELS["llama"].targets}
     config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=name, pre_num=pre_num)
-    model = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config)).train()
+    model = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make().double(), config)).train()
     model.enable_input_require_grads()
     if (use_reentrant := CHECKPOINTING[checkpointing]) is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -74,7 +80,7 @@ def train(
     results: Results = {"losses": [], "gradients": []}
     for rows in batches():
         loss = loss_of(model, rows.chunk(world)[rank])
-        mean = loss.detach() / world
+        mean = loss.detach().double() / world
         if world > 1:
             dist.all_reduce(mean)
         results["losses"].append(float(mean))
@@ -198,6 +204,13 @@ RUNNERS: dict[str, Callable[[nn.Module], Results]] = {
 }
 
 
+def attempt(engine: str, tuner: tuple[str, int], checkpointing: str) -> Results | str:
+    try:
+        return RUNNERS[engine](build(tuner, checkpointing))
+    except Exception:
+        return traceback.format_exc()
+
+
 def main(engine: str, output: str) -> None:
     if engine.startswith("zero"):
         import_deepspeed().init_distributed("gloo")
@@ -206,13 +219,11 @@ def main(engine: str, output: str) -> None:
     else:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    results: dict[str, Results | str] = {}
-    cases = [(tuner, "non-reentrant") for tuner in TUNERS] if engine == "accelerate" else CASES
-    for tuner, checkpointing in cases:
-        try:
-            results[case_id(tuner, checkpointing)] = RUNNERS[engine](build(tuner, checkpointing))
-        except Exception:
-            results[case_id(tuner, checkpointing)] = traceback.format_exc()
+    if engine == "each":
+        results = {name: attempt(name, *case) for name, case in CASE_OF_EACH.items()}
+    else:
+        cases = [(tuner, "non-reentrant") for tuner in TUNERS] if engine == "accelerate" else CASES
+        results = {case_id(*case): attempt(engine, *case) for case in cases}
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.barrier()

@@ -21,6 +21,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from test_export import CAUSAL, METHODS, adapted, gpt2, llama, net
+from tolerances import rounding
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -202,7 +203,7 @@ def verdict(consumer: str, folder: Path, expected: Updates) -> str:
         return f"dropped: {', '.join(sorted(missing))}"
     for name, update in updates.items():
         wanted = expected.get(name, torch.zeros_like(update))
-        if float((update - wanted).norm()) > 1e-5 * float(wanted.norm()):
+        if float((update - wanted).norm()) > rounding(64) * float(wanted.norm()):
             return f"silently wrong: {name}"
     return "right"
 
@@ -329,5 +330,5 @@ def test_the_readers_agree_with_peft(tmp_path: Path) -> None:
     """PEFT is installed, so its own reading of a checkpoint with every scale in use needs no statement of ours."""
     expected = native(tmp_path, use_rslora=True, rank_pattern={"q_proj": 16}, alpha_pattern={"q_proj": 32})
     loaded = updates_of(PeftModel.from_pretrained(llama(), tmp_path))
-    assert all(torch.allclose(loaded[name], update, atol=1e-6) for name, update in expected.items())
+    assert all(float((loaded[name] - t).norm()) <= rounding(32) * float(t.norm()) for name, t in expected.items())
     assert verdict("vllm", tmp_path, expected) == "right"

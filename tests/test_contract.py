@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS, output_of
+from tolerances import FLOAT64, assert_gradients_close, half_rounding, rounding
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +44,7 @@ TUNERS: dict[str, Callable[..., PeftConfig]] = {
 MERGES_EXACTLY = {"reslora-block", "reslora-block-all", "mora-sharing", "mora-decoupling", "mora-rotation"}
 TINY = TINY_MODELS["llama"]
 
+pytestmark = pytest.mark.usefixtures("float64")
 every_tuner = pytest.mark.parametrize("tuner", TUNERS)
 
 
@@ -90,8 +92,10 @@ def test_the_checkpoint_holds_each_parameter_once_and_nothing_of_the_base(tuner,
     saved = load_file(tmp_path / "adapter_model.safetensors")
     parameters = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
     norms = {key for key in saved if key.endswith(".lora_norm")}
-    assert saved.keys() - norms == parameters.keys()
+    stamps = {key for key in saved if key.endswith((".lora_magnitude_vector", ".mora_stamp"))}
+    assert saved.keys() - norms - stamps == parameters.keys()
     assert all(torch.equal(saved[name], p) for name, p in parameters.items())
+    assert len(stamps) == len(tuner_layers(model))
     assert len(norms) == (28 if tuner in ("reslora-input", "reslora-middle") else 0)
 
 
@@ -105,7 +109,7 @@ def test_saved_adapters_load_with_the_same_output(tuner, tmp_path):
     assert config.peft_type is PeftType(config.peft_type.value)
     for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options)
-        assert relative_error(output_of(loaded, inputs), expected) < 1e-6
+        assert relative_error(output_of(loaded, inputs), expected) < FLOAT64
         assert not any(p.requires_grad for p in loaded.parameters())
     assert any(p.requires_grad for p in PeftModel.from_pretrained(base, tmp_path, is_trainable=True).parameters())
 
@@ -118,7 +122,7 @@ def test_auto_classes_load_the_adapter(tuner, tmp_path):
     model = randomize_adapters(get_peft_model(base, config_of(tuner, task_type="CAUSAL_LM"))).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < FLOAT64
 
 
 @every_tuner
@@ -129,19 +133,19 @@ def test_merging_adds_the_delta_weights_and_unmerging_removes_them(tuner):
     deltas = {name: layer.get_delta_weight("default") for name, layer in tuner_layers(model).items()}
     model.merge_adapter()
     for name, layer in tuner_layers(model).items():
-        assert relative_error(layer.get_base_layer().weight - weights[name], deltas[name]) < 1e-5
+        assert relative_error(layer.get_base_layer().weight - weights[name], deltas[name]) < FLOAT64
     merged = output_of(model, inputs)
     if tuner in MERGES_EXACTLY:
-        assert relative_error(merged, expected) < 1e-5
+        assert relative_error(merged, expected) < FLOAT64
     model.unmerge_adapter()
     for name, layer in tuner_layers(model).items():
         assert torch.equal(layer.get_base_layer().weight, weights[name])
-    assert relative_error(output_of(model, inputs), expected) < 1e-6
+    assert relative_error(output_of(model, inputs), expected) < FLOAT64
 
     plain = copy.deepcopy(model).merge_and_unload()
     assert type(plain) is type(base)
     assert not tuner_layers(plain)
-    assert relative_error(output_of(plain, inputs), merged) < 1e-6
+    assert relative_error(output_of(plain, inputs), merged) < FLOAT64
     assert torch.equal(output_of(model.unload(), inputs), output_of(base, inputs))
 
 
@@ -178,15 +182,15 @@ def test_adapters_can_be_added_switched_and_deleted(tuner, other):
     first, second = output_of(model, inputs), output_of(alone, inputs)
     model.add_adapter("second", config_of(other, r=2, target_modules=["q_proj", "down_proj"]))
     set_peft_model_state_dict(model, get_peft_model_state_dict(alone), adapter_name="second")
-    assert relative_error(output_of(model, inputs), first) < 1e-6
+    assert relative_error(output_of(model, inputs), first) < FLOAT64
     model.set_adapter("second")
-    assert relative_error(output_of(model, inputs), second) < 1e-6
+    assert relative_error(output_of(model, inputs), second) < FLOAT64
     model.base_model.set_adapter(["default", "second"])
     both = output_of(model, inputs)
     assert min(relative_error(both, first), relative_error(both, second)) > 1e-3
     model.set_adapter("default")
     model.delete_adapter("second")
-    assert relative_error(output_of(model, inputs), first) < 1e-6
+    assert relative_error(output_of(model, inputs), first) < FLOAT64
     assert not any("second" in name for name in model.state_dict())
 
 
@@ -202,13 +206,15 @@ def test_two_active_adapters_merge_to_the_sum(tuner):
     merged = model.merge_and_unload(adapter_names=["default", "second"])
     for name, delta in deltas.items():
         change = merged.get_submodule(name).weight - base.get_submodule(name).weight
-        assert relative_error(change, delta) < 1e-5
+        assert relative_error(change, delta) < FLOAT64
 
 
 @every_tuner
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_half_precision_and_autocast_stay_close(tuner, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_stay_close(tuner, dtype):
     base, model, inputs = adapted(tuner)
+    base, model = base.float(), model.float()
+    tolerance = half_rounding(120, dtype)  # in each of four layers about 30 operations after each other
     expected = output_of(model, inputs)
     with torch.autocast("cpu", dtype):
         assert relative_error(output_of(model, inputs), expected) < tolerance
@@ -228,9 +234,10 @@ def test_gradient_checkpointing_keeps_the_gradient(tuner, use_reentrant):
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for candidate in (model, checkpointed):
         output_of(candidate, inputs).square().mean().backward()
-    for (name, p), (_, q) in zip(model.named_parameters(), checkpointed.named_parameters(), strict=True):
-        if p.grad is not None and p.grad.norm() > 1e-7:
-            assert relative_error(q.grad, p.grad) < 1e-5, name
+    found, expected = (
+        {name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (checkpointed, model)
+    )
+    assert_gradients_close(found, expected)
 
 
 @every_tuner
@@ -241,7 +248,7 @@ def test_copies_compute_the_same_on_their_own(tuner, duplicate):
     twin = duplicate(model)
     for p in model.parameters():
         p.data.zero_()
-    assert relative_error(output_of(twin, inputs), expected) < 1e-6
+    assert relative_error(output_of(twin, inputs), expected) < FLOAT64
 
 
 @every_tuner
@@ -250,7 +257,7 @@ def test_injection_without_a_tuner_around_it(tuner):
     base, model, inputs = adapted(tuner)
     injected = inject_adapter_in_model(config_of(tuner), copy.deepcopy(base)).eval()
     set_peft_model_state_dict(injected, get_peft_model_state_dict(model))
-    assert relative_error(output_of(injected, inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(injected, inputs), output_of(model, inputs)) < FLOAT64
     state = get_peft_model_state_dict(injected)
     assert {k.removeprefix("base_model.model.") for k in get_peft_model_state_dict(model)} == state.keys()
 
@@ -262,10 +269,10 @@ def test_transformers_adds_and_loads_the_adapter(tuner, tmp_path):
     added.add_adapter(config_of(tuner))
     randomize_adapters(added)
     added.eval()
-    assert relative_error(output_of(added, inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(added, inputs), output_of(model, inputs)) < FLOAT64
     added.save_pretrained(tmp_path)
     base.load_adapter(str(tmp_path))
-    assert relative_error(output_of(base.eval(), inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(base.eval(), inputs), output_of(model, inputs)) < FLOAT64
 
 
 @every_tuner
@@ -288,7 +295,7 @@ def test_fields_that_lora_users_know_work(tuner, tmp_path):
     model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < FLOAT64
 
 
 @pytest.mark.parametrize("tuner", [name for name in TUNERS if name.startswith("reslora")])
@@ -300,7 +307,7 @@ def test_trainable_tokens_work(tuner, tmp_path):
     inputs["input_ids"][:, 1] = 3
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < 1e-6
+    assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < FLOAT64
 
 
 @every_tuner
@@ -312,27 +319,30 @@ def test_peft_converts_it_to_lora_rightly(tuner):
         U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         best = (U[:, :12] * S[:12]) @ Vh[:12]
         converted = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
-        assert relative_error(converted, best) < 1e-4
+        assert relative_error(converted, best) < rounding(delta.numel())  # PEFT's SVD is in float32
 
 
 WITHOUT_PLUGIN = """
 import sys, torch
+from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, adapter, ids, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-torch.save(model(input_ids=torch.load(ids)).logits, out)
+folder = Path(sys.argv[1])
+for adapter in sys.argv[2:]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / adapter)
+    torch.save(model(input_ids=torch.load(folder / "ids")).logits, folder / f"{adapter}.logits")
 if "peft_reslora" in sys.modules:
     sys.exit("the plugin was imported")
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*vLLM:UserWarning")
+@pytest.mark.filterwarnings("ignore:The LoRA has r=:UserWarning")
 def test_exports_load_where_the_plugin_is_not_imported(tmp_path):
     """One process for all tuners: the exported folder equals the merged model."""
     inputs = TINY.inputs()
     torch.save(inputs["input_ids"], tmp_path / "ids")
     TINY.make().save_pretrained(tmp_path / "base")
+    expected = {}
     for tuner in TUNERS:
         _, model, _ = adapted(tuner, task_type="CAUSAL_LM")
         full_rank = tuner in ("mora-decoupling", "mora-rotation")
@@ -341,7 +351,8 @@ def test_exports_load_where_the_plugin_is_not_imported(tmp_path):
             with pytest.raises(ValueError, match=r"full rank.*merge_and_unload"):
                 export_lora(model)
         save_as_lora(tmp_path / tuner, model, **options)
-        expected = output_of(model.merge_and_unload(), inputs)
-        paths = [str(tmp_path / part) for part in ("base", tuner, "ids", f"{tuner}.logits")]
-        subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, *paths], check=True, capture_output=True)
-        assert relative_error(torch.load(tmp_path / f"{tuner}.logits"), expected) < 1e-5
+        expected[tuner] = output_of(model.merge_and_unload(), inputs)
+    subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path), *TUNERS], check=True, capture_output=True)
+    bound = rounding(TINY.make(), torch.float32)  # that of the exported factors
+    for tuner, logits in expected.items():
+        assert relative_error(torch.load(tmp_path / f"{tuner}.logits"), logits) < bound

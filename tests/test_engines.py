@@ -8,15 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_worker import CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
-from oracle import relative_error
+from engine_worker import CASE_OF_EACH, CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
+from tolerances import FLOAT64, assert_gradients_close, rounding
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
@@ -24,15 +24,12 @@ LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": 
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
 
 
-def by_engine(kind: str, engines: Iterable[str], quick: Collection[str] = ()) -> list[Any]:
+def by_engine(kind: str, engines: Iterable[str]) -> list[Any]:
     """Parameters for the tests of engines; those of one engine run in one worker, which starts its processes once."""
-    return [
-        pytest.param(e, marks=[pytest.mark.xdist_group(f"{kind} {e}"), *([] if e in quick else [pytest.mark.slow])])
-        for e in engines
-    ]
+    return [pytest.param(e, marks=[pytest.mark.xdist_group(f"{kind} {e}"), pytest.mark.slow]) for e in engines]
 
 
-DIRECT = by_engine("direct", LABELS, quick=["ddp", "fsdp2"])
+DIRECT = by_engine("direct", LABELS)
 LAUNCHED = by_engine("launched", ENGINES)
 
 
@@ -76,7 +73,7 @@ def run_engine(tmp_path_factory):
 
     @functools.cache
     def run(engine: str) -> dict[str, Results | str]:
-        if engine.startswith("zero"):
+        if engine.startswith("zero") or engine == "each":
             pytest.importorskip("deepspeed")
         output = tmp_path_factory.mktemp(engine) / "results.pt"
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
@@ -122,22 +119,36 @@ def reference(tuner: tuple[str, int]) -> Results:
     return plain(build(tuner, "none"))
 
 
-def assert_same_training(actual: Results | str, expected: Results) -> None:
+def assert_same_training(actual: Results | str, expected: Results, engine: str) -> None:
+    """All compute in float64; DeepSpeed averages gradients in float32, of which the second loss is a function."""
     assert not isinstance(actual, str), actual
-    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    terms = 30  # of two processes, of either sign
+    bound = rounding(terms) if engine.startswith("zero") else FLOAT64
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=bound)
+    assert actual["losses"][0] == pytest.approx(expected["losses"][0], rel=FLOAT64)
     for found, wanted in zip(actual["gradients"], expected["gradients"], strict=True):
         assert found.keys() == wanted.keys()
-        scale = max(grad.norm() for grad in wanted.values())
-        for name, grad in wanted.items():
-            if grad.norm() > 1e-6 * scale and found[name].numel():
-                assert relative_error(found[name], grad) < 1e-5, name
+        seen = {name for name, grad in found.items() if grad.numel()}  # see `accelerated`
+        if not seen:
+            continue
+        assert seen == wanted.keys()
+        if not engine.startswith("zero"):
+            assert {grad.dtype for grad in found.values()} == {torch.float64}
+        assert_gradients_close(found, wanted, terms)
+
+
+@pytest.mark.xdist_group("each engine")
+@pytest.mark.parametrize("engine", CASE_OF_EACH)
+def test_one_case_trains_as_one_process(run_engine, engine):
+    """What the slow tests show of all cases."""
+    assert_same_training(run_engine("each")[engine], reference(CASE_OF_EACH[engine][0]), engine)
 
 
 @pytest.mark.support(lambda engine, **_: f"{LABELS[engine]}, with and without checkpointing")
 @pytest.mark.parametrize("engine", DIRECT)
 @pytest.mark.parametrize(("tuner", "checkpointing"), CASES)
 def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
-    assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner))
+    assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner), engine)
 
 
 @pytest.mark.long
@@ -146,7 +157,7 @@ def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_accelerate_launch_trains_as_one_process(launch, config, tuner):
     result = launch(config)[case_id(tuner, "non-reentrant")]
-    assert_same_training(result, reference(tuner))
+    assert_same_training(result, reference(tuner), config)
     assert result["engine"] == ENGINES[config]
 
 
@@ -160,4 +171,4 @@ def test_norms_are_recorded_once_per_forward(run_engine, engine, tuner):
         assert norms.keys() == whole.keys()
         for name, window in norms.items():
             assert (window >= 0).sum() == 2
-            assert torch.allclose(window[-2:], whole[name][-2:], rtol=0.5)
+            assert torch.allclose(window[-2:], whole[name][-2:], rtol=0.5)  # half the batch

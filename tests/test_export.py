@@ -27,6 +27,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from tolerances import half_rounding, rounding
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -187,7 +188,7 @@ def test_plain_peft_computes_what_the_merged_model_does(name: str, tmp_path: Pat
     merged = outputs(model.merge_and_unload())
     assert relative(outputs(make_base()), merged) > 1e-2, "the adapter has to do something"
     loaded = PeftModel.from_pretrained(make_base(), tmp_path / "lora").eval()
-    assert relative(outputs(loaded), merged) < 1e-5
+    assert relative(outputs(loaded), merged) < rounding(loaded)
 
 
 @pytest.mark.parametrize("mora_type", ["rotation", "decoupling"])
@@ -199,10 +200,11 @@ def test_full_rank_mora_is_exported_on_request_only(mora_type: str, base: str, t
         export_lora(model)
     assert export_lora(model, rank=2).report.worst_error > 0.1
     export = save_as_lora(tmp_path, model, energy=1.0, base_model=make_base())
-    assert export.report.worst_error < 1e-5
+    assert export.report.worst_error < rounding(24 * 56)  # of an SVD of the largest matrix
     merged = outputs(model.merge_and_unload())
     assert relative(outputs(make_base()), merged) > 1e-2
-    assert relative(outputs(PeftModel.from_pretrained(make_base(), tmp_path).eval()), merged) < 1e-5
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert relative(outputs(loaded), merged) < rounding(24 * 56) + rounding(loaded)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -217,7 +219,8 @@ def test_estimated_merges_export_what_they_merge(shortcut: str, estimator: str, 
     assert not export.report.exact
     assert f"estimated by {estimator}" in str(export.report)
     merged = outputs(model.merge_and_unload())
-    assert relative(outputs(PeftModel.from_pretrained(llama(), tmp_path).eval()), merged) < 1e-5
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert relative(outputs(loaded), merged) < rounding(loaded)
 
 
 def test_an_estimator_without_data_is_refused_also_with_a_rank() -> None:
@@ -248,7 +251,7 @@ def test_float64_factors_are_kept_to_float32() -> None:
     model = adapted(net().double(), LoHaConfig(r=3, target_modules=UP_DOWN)).double()
     export = export_lora(model)
     assert {tensor.dtype for tensor in export.state_dict.values()} == {torch.float32}
-    assert 0 < export.report.worst_error < 1e-6
+    assert 0 < export.report.worst_error < rounding(20)
 
 
 # What the folder holds
@@ -342,7 +345,7 @@ def test_half_precision_is_measured_again(dtype: torch.dtype, tmp_path: Path) ->
     A, B = (export.state_dict[f"base_model.model.blocks.0.up.lora_{f}.weight"].float() for f in "AB")
     assert A.dtype == torch.float32
     assert read(tmp_path)[1]["base_model.model.blocks.0.up.lora_A.weight"].dtype == dtype
-    assert row.relative_error == pytest.approx(relative(B @ A, delta), rel=1e-2)
+    assert row.relative_error == pytest.approx(relative(B @ A, delta), rel=half_rounding(4, dtype))
     assert not export.report.exact
 
 
@@ -351,7 +354,7 @@ def test_truncation_and_half_precision_report_their_joint_error() -> None:
     export = export_lora(model, rank=4, dtype=torch.bfloat16)
     delta = model.base_model.model.blocks[0].up.get_delta_weight("default").detach()
     A, B = (export.state_dict[f"base_model.model.blocks.0.up.lora_{f}.weight"].float() for f in "AB")
-    assert export.report.layers[0].relative_error == pytest.approx(relative(B @ A, delta), rel=1e-4)
+    assert export.report.layers[0].relative_error == pytest.approx(relative(B @ A, delta), rel=rounding(37))
 
 
 # Which layers the folder names
@@ -365,7 +368,7 @@ def test_layers_that_lack_a_module_type_are_filled_with_zeros(tmp_path: Path) ->
     assert len(export.state_dict) == 2 * 9
     assert not export.state_dict["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].any()
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert relative(outputs(loaded), outputs(model)) < 1e-5
+    assert relative(outputs(loaded), outputs(model)) < rounding(model)
 
 
 def test_unfilled_layers_are_left_out_by_full_names(tmp_path: Path) -> None:
@@ -486,7 +489,7 @@ def test_a_full_rank_method_needs_a_rank_or_an_energy() -> None:
     S = torch.linalg.svdvals(delta)
     row = export_lora(model, rank=4).report.layers[-2]
     assert row.layer == "blocks.2.up"
-    assert row.relative_error == pytest.approx(float(S[4:].norm() / S.norm()), rel=1e-4)
+    assert row.relative_error == pytest.approx(float(S[4:].norm() / S.norm()), rel=rounding(20 * 37))
 
 
 def test_a_layer_without_factors_of_its_own_gives_its_dense_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,6 +556,7 @@ def test_parameters_that_are_elsewhere_are_refused() -> None:
 # Warnings
 
 
+@pytest.mark.filterwarnings("ignore:The base model of the LoRA is the local path:UserWarning")
 @pytest.mark.parametrize("way", ["export_lora", "save_as_lora", "export_lora_from_files"])
 def test_warns_where_other_programs_need_to_know(way: str, tmp_path: Path) -> None:
     base = net()
@@ -734,7 +738,7 @@ def test_lora_files_give_what_the_model_gives(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     expected, actual = export_lora(model, rank=2), export_lora_from_files(tmp_path, rank=2)
     assert actual.config == expected.config
-    assert all(torch.allclose(actual.state_dict[name], t, atol=1e-6) for name, t in expected.state_dict.items())
+    assert all(relative(actual.state_dict[name], t) <= rounding(37) for name, t in expected.state_dict.items())
     assert {row.layer: row for row in actual.report.layers} == {row.layer: row for row in expected.report.layers}
 
 
@@ -746,7 +750,7 @@ def test_reslora_files_give_what_the_model_gives(shortcut: str, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     expected, actual = export_lora(model), export_lora_from_files(tmp_path)
     assert actual.config == expected.config
-    assert all(torch.allclose(actual.state_dict[name], t, atol=1e-6) for name, t in expected.state_dict.items())
+    assert all(relative(actual.state_dict[name], t) <= rounding(56) for name, t in expected.state_dict.items())
     actual.save_pretrained(tmp_path / "lora", llama())
 
 
@@ -799,9 +803,12 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    for config in (LoHaConfig(r=3, target_modules=UP_DOWN), MoRAConfig(r=3, target_modules=UP_DOWN)):
+    for config, match in [
+        (LoHaConfig(r=3, target_modules=UP_DOWN), r"peft_type 'LOHA'.*LORA, MORA, RESLORA.*base model"),
+        (MoRAConfig(r=3, target_modules=UP_DOWN), r"MoRA, whose files do not hold the shapes.*hf download"),
+    ]:
         adapted(net(), config).save_pretrained(tmp_path / config.peft_type)
-        with pytest.raises(ValueError, match=rf"peft_type '{config.peft_type.value}'.*RESLORA and LORA.*base model"):
+        with pytest.raises(ValueError, match=match):
             export_lora_from_files(tmp_path / config.peft_type)
     for name, fields, match in [
         ("dora", {"use_dora": True}, "use_dora makes"),
@@ -817,6 +824,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 # Other programs
 
 
+@pytest.mark.slow
 def test_loads_in_a_process_without_the_plugin(tmp_path: Path) -> None:
     model = adapted(llama(), ResLoRAConfig(r=2, **CAUSAL))
     llama().save_pretrained(tmp_path / "base")
@@ -836,7 +844,7 @@ print(float((out - expected["merged"]).norm() / expected["merged"].norm()))
 """
     arguments = [tmp_path / name for name in ("base", "lora", "expected.pt")]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1e-5
+    assert float(done.stdout) < rounding(llama())
 
 
 def test_loads_through_transformers_and_the_auto_class(tmp_path: Path) -> None:
@@ -846,10 +854,11 @@ def test_loads_through_transformers_and_the_auto_class(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="local path"):
         save_as_lora(tmp_path / "lora", model)
     expected = outputs(model)
-    assert relative(outputs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()), expected) < 1e-5
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+    assert relative(outputs(loaded), expected) < rounding(model)
     plain = llama()
     plain.load_adapter(str(tmp_path / "lora"))
-    assert relative(outputs(plain.eval()), expected) < 1e-5
+    assert relative(outputs(plain.eval()), expected) < rounding(model)
 
 
 # Card and report
@@ -876,6 +885,7 @@ def test_the_card_tells_what_made_the_file(tmp_path: Path) -> None:
     assert "```sh\npeft-reslora export out\n```" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:The base model of the LoRA is the local path:UserWarning")
 def test_the_card_names_no_local_path(tmp_path: Path) -> None:
     base = net()
     base.name_or_path = str(tmp_path)

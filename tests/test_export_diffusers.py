@@ -9,8 +9,11 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from tolerances import rounding
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from peft_reslora.export import save_as_lora
+from peft_reslora import MoRAConfig, ResLoRAConfig
+from peft_reslora.export import export_lora, save_as_lora, save_for_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -49,7 +52,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((actual - expected).norm() / expected.norm()) < 1e-5
+    assert float((actual - expected).norm() / expected.norm()) < rounding(unet())
 
 
 @pytest.fixture
@@ -107,3 +110,140 @@ def test_an_adapter_added_by_diffusers_is_exported(tmp_path: Path) -> None:
     assert export.config.target_modules == {"to_q", "to_v", "to_out.0"}
     assert export.diffusers_prefix == "unet"
     assert_same(outputs(PeftModel.from_pretrained(unet(), tmp_path / "lora").eval()), outputs(model))
+
+
+# Text encoders, and several models of one pipeline
+
+
+def text_encoder(projection: bool = False) -> torch.nn.Module:
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=28,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=31,
+        max_position_embeddings=12,
+        initializer_range=0.3,
+        eos_token_id=30,
+        bos_token_id=29,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def encoded(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(18).reshape(2, 9)).last_hidden_state
+
+
+def pipeline(**models: torch.nn.Module) -> object:
+    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    return diffusers.StableDiffusionPipeline(
+        **{**none, **models}, scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False
+    )
+
+
+def assert_same_effect(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
+    assert float((expected - base).norm() / base.norm()) > 1e-2
+    assert float((actual - expected).norm() / (expected - base).norm()) < 1e-4
+
+
+TUNERS = {
+    "block": lambda: ResLoRAConfig(r=2, target_modules=["q_proj", "v_proj", "fc1"], shortcut="block"),
+    "mora": lambda: MoRAConfig(r=2, target_modules=["q_proj", "v_proj", "fc1"], mora_type="sharing"),
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_text_encoder_loads_in_a_pipeline(tuner: str, tmp_path: Path) -> None:
+    model = get_peft_model(text_encoder(), TUNERS[tuner]()).eval()
+    randomise(model)
+    export = save_as_lora(tmp_path / "lora", model, base_model=text_encoder())
+    loaded = pipeline(unet=unet(), text_encoder=text_encoder())
+    loaded.load_lora_weights(tmp_path / "lora")
+    assert_same_effect(encoded(loaded.text_encoder), encoded(model), encoded(text_encoder()))
+    assert export.diffusers_prefix.split(".")[0] == "text_encoder"
+    plain = PeftModel.from_pretrained(text_encoder(), tmp_path / "lora").eval()
+    assert_same_effect(encoded(plain), encoded(model), encoded(text_encoder()))
+
+
+def test_unet_and_text_encoder_load_from_one_file(tmp_path: Path) -> None:
+    encoder = get_peft_model(text_encoder(), TUNERS["block"]()).eval()
+    model = get_peft_model(unet(), ResLoRAConfig(r=3, shortcut="block", **CONFIG)).eval()
+    randomise(encoder)
+    randomise(model)
+    exports = {"unet": export_lora(model), "text_encoder": export_lora(encoder)}
+    save_for_pipeline(tmp_path / "lora", exports)
+    loaded = pipeline(unet=unet(), text_encoder=text_encoder())
+    loaded.load_lora_weights(tmp_path / "lora")
+    assert_same_effect(encoded(loaded.text_encoder), encoded(encoder), encoded(text_encoder()))
+    assert_same_effect(outputs(loaded.unet), outputs(model), outputs(unet()))
+    assert sorted(file.name for file in (tmp_path / "lora").iterdir()) == [
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert "ResLoRA (block) with" in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="new or an empty folder"):
+        save_for_pipeline(tmp_path / "lora", exports)
+
+
+def test_the_second_text_encoder_of_sdxl_has_its_own_name(tmp_path: Path) -> None:
+    encoders = [get_peft_model(text_encoder(projection), TUNERS["mora"]()).eval() for projection in (False, True)]
+    for model in encoders:
+        randomise(model)
+    first, second = map(export_lora, encoders)
+    assert second.diffusers_prefix.split(".")[0] == "text_encoder_2"
+    save_for_pipeline(tmp_path / "lora", {"text_encoder": first, "text_encoder_2": second})
+    loaded = diffusers.StableDiffusionXLPipeline(
+        **dict.fromkeys(("vae", "tokenizer", "tokenizer_2")),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(projection=True),
+        unet=unet(),
+        scheduler=diffusers.DDIMScheduler(),
+        add_watermarker=False,
+    )
+    loaded.load_lora_weights(tmp_path / "lora")
+    for actual, expected, projection in zip(
+        (loaded.text_encoder, loaded.text_encoder_2), encoders, (False, True), strict=True
+    ):
+        assert_same_effect(encoded(actual), encoded(expected), encoded(text_encoder(projection)))
+
+
+def test_exports_under_the_name_of_another_model_are_refused(tmp_path: Path) -> None:
+    export = export_lora(get_peft_model(unet(), LoraConfig(r=2, **CONFIG)))
+    for components in ({"text_encoder": export}, {}, {"transformer": export}):
+        with pytest.raises(ValueError, match=r"pipelines hold as unet|nothing to write"):
+            save_for_pipeline(tmp_path / "lora", components)
+    assert not list(tmp_path.iterdir())
+
+
+# Diffusers' own ways to save
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_savers_of_plain_lora_are_refused_before_they_write(tuner: str, tmp_path: Path) -> None:
+    model, config = unet(), TUNERS[tuner]()
+    config.target_modules = set(CONFIG["target_modules"])
+    model.add_adapter(config)
+    randomise(model)
+    with pytest.raises(ValueError, match=r"save_lora_adapter.*save_as_lora"):
+        model.save_lora_adapter(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"_collate_lora_metadata.*save_as_lora"):
+        diffusers.training_utils._collate_lora_metadata({"unet": model})
+    assert not list(tmp_path.iterdir())
+    save_as_lora(tmp_path / "lora", model)  # the way that the message names
+    loaded = unet()
+    loaded.load_lora_adapter(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    assert_same_effect(outputs(loaded), outputs(model), outputs(unet()))
+    config.save_pretrained(tmp_path / "native")
+    assert config.to_dict()["peft_type"] == config.peft_type
+
+
+def test_saving_a_plain_lora_is_left_alone(tmp_path: Path) -> None:
+    model = unet()
+    model.add_adapter(LoraConfig(r=2, **CONFIG))
+    model.save_lora_adapter(tmp_path)
+    loaded = unet()
+    loaded.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    assert list(loaded.peft_config)

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_relay import assert_same_gradients, gradients
 from tiny_models import TINY_MODELS, output_of
+from tolerances import rounding
 from torch import nn
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
@@ -130,18 +131,16 @@ def test_a_flipped_bit_anywhere_is_noticed(tuner, tmp_path):
     PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_the_commands_notice_a_flipped_bit(tmp_path):
+def test_the_commands_notice_a_flipped_bit(tmp_path, monkeypatch, command_line):
+    monkeypatch.chdir(tmp_path)
     _, model = adapted("block")
     model.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS
     data = file.read_bytes()
     file.write_bytes(flip(data, len(data) - 1, 0))
     for arguments in (["inspect", "adapter"], ["export", "adapter", "lora"]):
-        command = [sys.executable, "-m", "peft_reslora", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode != 0
-        assert "its tensors are not those that were saved" in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(SystemExit, match="its tensors are not those that were saved"):
+            command_line(arguments)
     assert not (tmp_path / "lora").exists()
 
 
@@ -207,7 +206,7 @@ def test_threads_share_a_model(tuner):
         thread.join()
     for i, outputs in found.items():
         assert len(outputs) == 15
-        assert all(relative_error(output, expected[i]) < 1e-5 for output in outputs)
+        assert all(relative_error(output, expected[i]) < rounding(model) for output in outputs)
 
 
 @pytest.mark.parametrize("tuner", TUNERS)

@@ -10,10 +10,12 @@ import torch
 from oracle import factors_of, randomize_adapters, relative_error, run_oracle
 from peft import get_peft_model
 from tiny_models import TINY_MODELS, output_of
+from tolerances import FLOAT64, assert_gradients_close, half_rounding, rounding
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
 
+STEPS = 4 * 30  # operations after each other in the tiny Llama's layers, each of which rounds its result
 VARIANTS = [("input", 1), ("block", 1), ("block", 2), ("block", -1), ("middle", 1), ("middle", 2), ("middle", -1)]
 
 
@@ -28,36 +30,33 @@ def adapted(name: str, shortcut: str, pre_num: int, **fields: Any) -> tuple[nn.M
     return base, model
 
 
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
 def compare_with_oracle(
     base: nn.Module, model: nn.Module, inputs: dict, shortcut: str, pre_num: int, **options
 ) -> None:
-    tolerance = TOLERANCES[next(model.parameters()).dtype]
+    double = next(model.parameters()).dtype == torch.float64
     factors = factors_of(model)
     expected = run_oracle(base, inputs, factors, shortcut, pre_num, output_of, **options)
     actual = output_of(model, inputs)
-    assert relative_error(actual, expected) < tolerance
+    assert relative_error(actual, expected) < (FLOAT64 if double else rounding(model))
     assert relative_error(output_of(base, inputs), expected) > 1e-3, "the adapter does too little to show anything"
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     (actual * weights).sum().backward()
     (expected * weights).sum().backward()
-    layers = dict(model.named_modules())
-    compared = 0
-    for name, (A, B, _) in factors.items():
-        layer = layers[f"base_model.model.{name}"]
-        for part, leaf in ((layer.lora_A, A), (layer.lora_B, B)):
-            if leaf.grad.norm() > 1e-7 * weights.norm():  # e.g. keys of a softmax over one token have none
-                assert relative_error(part["default"].weight.grad, leaf.grad) < tolerance, name
-                compared += 1
-    assert compared > len(factors)
+    grads, wanted = {}, {}
+    for name, leaves in factors.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        for part, leaf in zip("AB", leaves, strict=False):
+            grads[name, part] = getattr(layer, f"lora_{part}")["default"].weight.grad
+            wanted[name, part] = leaf.grad
+    assert_gradients_close(grads, wanted)
 
 
+@pytest.mark.quick(dtype=[torch.float64])
+@pytest.mark.quick(name=["llama"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", TINY_MODELS)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward_and_gradients_equal_the_equations(dtype, name, shortcut, pre_num):
     base, model = (module.to(dtype) for module in adapted(name, shortcut, pre_num))
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in TINY_MODELS[name].inputs().items()}
@@ -119,7 +118,7 @@ def test_several_active_adapters_add_their_deltas(shortcut, pre_num):
         return run_oracle(oracle_base, oracle_inputs, block_factors, "block", 2, output_of)
 
     expected = run_oracle(base, inputs, factors_of(model), shortcut, pre_num, lambda m, i: _both(m, i, block_factors))
-    assert relative_error(output_of(model, inputs), expected) < 1e-5
+    assert relative_error(output_of(model, inputs), expected) < rounding(model)
 
 
 def _both(hooked: nn.Module, inputs: dict, block_factors) -> torch.Tensor:
@@ -156,11 +155,14 @@ def test_mixed_batch_equals_each_adapter_alone(shortcut, pre_num):
                 model.set_adapter(adapter)
                 expected.append(model(input_ids=row[None]).logits)
         actual = model(input_ids=ids, adapter_names=["default", "other", "__base__"]).logits
-    assert relative_error(actual, torch.cat(expected)) < 1e-5
+    assert relative_error(actual, torch.cat(expected)) < rounding(model)
 
 
+@pytest.mark.quick(name=["llama"])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.usefixtures("float64")  # where tokens nearly tie, rounding would choose
 def test_generation_with_a_cache_equals_full_forwards(name, shortcut, pre_num):
     _, model = adapted(name, shortcut, pre_num)
     ids = torch.randint(3, 53, (2, 5))
@@ -169,7 +171,7 @@ def test_generation_with_a_cache_equals_full_forwards(name, shortcut, pre_num):
         cached = model.generate(input_ids=ids, return_dict_in_generate=True, use_cache=True, **options)
         full = model.generate(input_ids=ids, return_dict_in_generate=True, use_cache=False, **options)
     assert torch.equal(cached.sequences, full.sequences)
-    assert relative_error(torch.stack(cached.logits), torch.stack(full.logits)) < 1e-5
+    assert relative_error(torch.stack(cached.logits), torch.stack(full.logits)) < FLOAT64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
@@ -191,6 +193,8 @@ def test_the_untrained_adapter_changes_nothing(shortcut, pre_num):
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.quick(autocast_adapter_dtype=[True])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bfloat16_base_stays_close_to_float32(shortcut, pre_num, autocast_adapter_dtype):
     base, model = adapted("llama", shortcut, pre_num)
@@ -204,7 +208,7 @@ def test_bfloat16_base_stays_close_to_float32(shortcut, pre_num, autocast_adapte
     assert dtype == (torch.float32 if autocast_adapter_dtype else torch.bfloat16)
     actual = output_of(half, inputs)
     assert actual.dtype == torch.bfloat16
-    assert relative_error(actual, expected) < 0.03
+    assert relative_error(actual, expected) < half_rounding(STEPS, torch.bfloat16)
     actual.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
 
@@ -217,4 +221,4 @@ def test_autocast_stays_close_to_float32(shortcut, pre_num, dtype):
     expected = output_of(model, inputs)
     with torch.autocast("cpu", dtype):
         actual = output_of(model, inputs)
-    assert relative_error(actual, expected) < 0.03
+    assert relative_error(actual, expected) < half_rounding(STEPS, dtype)

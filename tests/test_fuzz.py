@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,14 +23,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import chains_by_block, relative_error
+from oracle import relative_error
 from peft import PeftModel, get_peft_model
+from tolerances import rounding
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 
 WIDTH = 6
+BOUND = rounding(30)  # all is float64 but the norms, which are recorded in float32
 LEAVES = ["up", "down", "mix"]
 
 
@@ -150,7 +153,11 @@ class Adapter:
         return alpha / (math.sqrt(r) if fields["use_rslora"] else r)
 
     def chains(self) -> list[list[str]]:
-        return chains_by_block(list(self.factors), self.shapes.__getitem__)
+        """The layers of one role and shape, in the order of their numbers."""
+        chains: dict[Any, list[str]] = {}
+        for name in sorted(self.factors, key=lambda name: [int(p) for p in name.split(".")[:-1] if p.isdigit()]):
+            chains.setdefault((re.sub(r"\.\d+(?=\.)", "*", name), self.shapes[name]), []).append(name)
+        return list(chains.values())
 
     def earlier(self, chain: list[str], n: int) -> list[str]:
         """The layers that feed layer n, nearest first."""
@@ -301,7 +308,7 @@ class Case:
     def check(self, disabled: bool = False) -> None:
         x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
         with torch.no_grad():
-            assert relative_error(self.model(x), self.plain.run(x, disabled)[0]) < 1e-6
+            assert relative_error(self.model(x), self.plain.run(x, disabled)[0]) < BOUND
         if not self.plain.merged:
             for weight, original in zip(self._base_weights(), self.plain.base.parameters(), strict=True):
                 assert torch.equal(weight, original)
@@ -374,7 +381,7 @@ class Case:
         output, seen = self.plain.run(x)
         actual = self.model.train()(x)
         self.model.eval()
-        assert relative_error(actual, output) < 1e-6
+        assert relative_error(actual, output) < BOUND
         if not self.plain.merged:
             for name in self.plain.active:
                 with torch.no_grad():
@@ -398,7 +405,7 @@ class Case:
             for name, factors in adapter.factors.items():
                 for part, factor in zip(parts, factors, strict=True):
                     actual, scale = parameters[f"{name}.{part}"].grad, float(factor.grad.norm())
-                    assert torch.allclose(actual.double(), factor.grad, rtol=1e-6, atol=1e-6 * scale)
+                    assert float((actual - factor.grad).norm()) <= BOUND * scale
 
     def reload(self) -> None:
         self.unmerge()
@@ -435,7 +442,7 @@ def run_case(data: st.DataObject) -> None:
 common = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@settings(common, max_examples=200)
+@settings(common, max_examples=100)
 @given(st.data())
 def test_random_operations_on_random_models(data):
     run_case(data)

@@ -56,10 +56,12 @@ def peak_of_a_step(config: PeftConfig, use_reentrant: bool | None) -> int:
     return counted.peak
 
 
+@pytest.mark.quick(pre_num=[-1], use_reentrant=[None])
+@pytest.mark.quick(shortcut=["input"], use_reentrant=[False])
 @pytest.mark.parametrize(
     ("shortcut", "pre_num"), [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
 )
-@pytest.mark.parametrize("use_reentrant", [None, pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_a_step_takes_no_more_memory_than_lora(shortcut, pre_num, use_reentrant):
     """But for 'input' under checkpointing, which has to keep the inputs of all linked layers of all blocks."""
     ratio = peak_of_a_step(ResLoRAConfig(**FIELDS, shortcut=shortcut, pre_num=pre_num), use_reentrant) / lora_peak(

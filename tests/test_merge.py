@@ -15,12 +15,14 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from test_forward import VARIANTS, adapted
 from tiny_models import TINY_MODELS, output_of
+from tolerances import FLOAT64, rounding
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_reslora import ResLoRAConfig
 from peft_reslora.reslora.linking import chains_of
 
+pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["input_norm", "weight_norm", "drop"]
 
 
@@ -75,23 +77,26 @@ def dense_deltas(model: nn.Module, base: nn.Module, shortcut: str, pre_num: int,
     return deltas
 
 
+@pytest.mark.quick(name=["llama", "gpt2"])
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_merged_weights_follow_the_table_of_estimators(name, shortcut, pre_num, estimator):
-    base, model = adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern={"mlp.c_proj": 3})
+    alpha_pattern = {"mlp.c_proj": 3} if name == "gpt2" else {}
+    base, model = adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern=alpha_pattern)
     record_norms(model, name)
     expected = dense_deltas(model, base, shortcut, pre_num, estimator)
     for layer_name, delta in expected.items():
         layer = model.get_submodule(f"base_model.model.{layer_name}")
         actual = layer.get_delta_weight("default")
-        assert relative_error(actual.T if layer.fan_in_fan_out else actual, delta) < 1e-5
+        assert relative_error(actual.T if layer.fan_in_fan_out else actual, delta) < FLOAT64
     merged = copy.deepcopy(model).merge_and_unload()
     for layer_name, delta in expected.items():
         change = merged.get_submodule(layer_name).weight - base.get_submodule(layer_name).weight
         assert (
             relative_error(change.T if "Conv1D" in str(type(merged.get_submodule(layer_name))) else change, delta)
-            < 1e-5
+            < FLOAT64
         )
 
 
@@ -102,15 +107,17 @@ def test_block_merges_exactly(name, pre_num):
     inputs = TINY_MODELS[name].inputs()
     expected = output_of(model, inputs)
     model.merge_adapter()
-    assert relative_error(output_of(model, inputs), expected) < 1e-5
+    assert relative_error(output_of(model, inputs), expected) < FLOAT64
     model.unmerge_adapter()
     merged = model.merge_and_unload()
     assert not any(hasattr(module, "lora_A") for module in merged.modules())
-    assert relative_error(output_of(merged, inputs), expected) < 1e-5
+    assert relative_error(output_of(merged, inputs), expected) < FLOAT64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.quick(dtype=[torch.float32], safe_merge=[True])
+@pytest.mark.quick(dtype=[torch.bfloat16], safe_merge=[False])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_unmerging_restores_every_bit(shortcut, pre_num, dtype, safe_merge):
     base, model = adapted("gpt2", shortcut, pre_num, merge_estimator="weight_norm")
@@ -129,6 +136,7 @@ def test_unmerging_restores_every_bit(shortcut, pre_num, dtype, safe_merge):
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all:UserWarning")
 def test_a_thousand_merges_lose_nothing():
     model = randomize_adapters(get_peft_model(nn.Sequential(nn.Linear(9, 7)), ResLoRAConfig(target_modules=["0"])))
     weight = model.base_model.model[0].base_layer.weight
@@ -170,9 +178,9 @@ def test_a_merge_reads_all_layers_before_it_changes_any():
     model.merge_adapter(["default", "second"])
     for name, delta in deltas.items():
         change = merged.get_submodule(name).weight - base.get_submodule(name).weight
-        assert relative_error(change, delta) < 1e-5
+        assert relative_error(change, delta) < FLOAT64
         change = model.get_base_model().get_submodule(name).base_layer.weight - base.get_submodule(name).weight
-        assert relative_error(change, delta) < 1e-5
+        assert relative_error(change, delta) < FLOAT64
 
 
 def test_merging_chosen_adapters_only():
@@ -182,7 +190,7 @@ def test_merging_chosen_adapters_only():
     randomize_adapters(model, seed=3)
     model.set_adapter("second")
     expected = output_of(model, inputs)
-    assert relative_error(output_of(model.merge_and_unload(adapter_names=["second"]), inputs), expected) < 1e-5
+    assert relative_error(output_of(model.merge_and_unload(adapter_names=["second"]), inputs), expected) < FLOAT64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
@@ -251,7 +259,7 @@ def test_norms_are_the_mean_root_mean_square_of_the_window():
     model.eval()
     output_of(model, {"input_ids": torch.randint(1, 53, (2, 6))})
     expected = sum(float(x.double().square().mean().sqrt()) for x in seen[1:4]) / 3
-    assert math.isclose(recorded(model, "model.layers.1.mlp.down_proj"), expected, rel_tol=1e-6)
+    assert math.isclose(recorded(model, "model.layers.1.mlp.down_proj"), expected, rel_tol=rounding(200))
 
 
 def test_norms_of_middle_are_those_of_the_projection():
@@ -261,7 +269,7 @@ def test_norms_of_middle_are_those_of_the_projection():
     layer.lora_A["default"].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     record_norms(model, "llama", forwards=2)
     expected = sum(float(v.double().square().mean().sqrt()) for v in seen[:2]) / 2
-    assert math.isclose(recorded(model, "model.layers.1.mlp.down_proj"), expected, rel_tol=1e-6)
+    assert math.isclose(recorded(model, "model.layers.1.mlp.down_proj"), expected, rel_tol=rounding(200))
 
 
 def test_norms_do_not_depend_on_the_number_of_tokens():
@@ -272,9 +280,10 @@ def test_norms_do_not_depend_on_the_number_of_tokens():
         twin = copy.deepcopy(model).train()
         twin(input_ids=ids.repeat(repeats, 1))
         norms.append(recorded(twin, "model.layers.2.mlp.down_proj"))
-    assert math.isclose(*norms, rel_tol=1e-6)
+    assert math.isclose(*norms, rel_tol=rounding(200))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all:UserWarning")
 def test_norms_do_not_overflow_in_half_precision():
     """The sum of squares of this input is beyond float16, its mean is not."""
     model = get_peft_model(nn.ModuleDict({"h": nn.ModuleList([nn.Linear(64, 64).half()])}), ResLoRAConfig(
@@ -283,7 +292,7 @@ def test_norms_do_not_overflow_in_half_precision():
     layer.train()
     layer.record_norm("default", torch.full((512, 64), 200.0, dtype=torch.float16))
     assert layer.lora_norm["default"].dtype == torch.float32
-    assert math.isclose(float(layer.lora_norm["default"][-1]), 200.0, rel_tol=1e-6)
+    assert math.isclose(float(layer.lora_norm["default"][-1]), 200.0, rel_tol=rounding(200))
 
 
 def test_recomputations_are_not_recorded():
@@ -303,7 +312,7 @@ def test_peft_converts_to_lora_with_the_same_delta(shortcut, pre_num):
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
             converted = state_dict[f"{name}.lora_B.weight"] @ state_dict[f"{name}.lora_A.weight"]
-            assert relative_error(converted, layer.get_delta_weight("default")) < 1e-5
+            assert relative_error(converted, layer.get_delta_weight("default")) < rounding(24 * 40)
 
 
 FRESH_PROCESS = """
@@ -319,6 +328,7 @@ for adapter in sorted(folder.glob("adapter-*")):
 """
 
 
+@pytest.mark.slow
 def test_merging_after_loading_in_a_fresh_process_equals_merging_the_trained_model(tmp_path):
     inputs = TINY_MODELS["llama"].inputs()
     torch.save(inputs["input_ids"], tmp_path / "ids")
@@ -331,11 +341,11 @@ def test_merging_after_loading_in_a_fresh_process_equals_merging_the_trained_mod
         loaded = PeftModel.from_pretrained(
             LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / f"adapter-{n}"
         )
-        assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < 1e-6
+        assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < FLOAT64
         expected.append(output_of(model.merge_and_unload(), inputs))
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], check=True, capture_output=True)
     for n, logits in enumerate(expected):
-        assert relative_error(torch.load(tmp_path / f"adapter-{n}" / "logits"), logits) < 1e-6
+        assert relative_error(torch.load(tmp_path / f"adapter-{n}" / "logits"), logits) < FLOAT64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
@@ -352,7 +362,7 @@ def test_weighted_adapters_by_cat_add_the_updates(shortcut, pre_num):
     model.base_model.set_adapter(["default", "second"])
     expected = output_of(model, inputs)
     model.set_adapter("sum")
-    assert relative_error(output_of(model, inputs), expected) < 1e-5
+    assert relative_error(output_of(model, inputs), expected) < FLOAT64
 
 
 def test_weighted_adapters_that_would_apply_shortcuts_twice_are_refused():

@@ -17,8 +17,8 @@ from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, output_of
+from tolerances import FLOAT64, half_rounding, rounding
 from torch import nn
-from transformers import MambaConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.mora import AUTO_SHARING_FROM_RANK, MoRAConfig, MoRALayer, MoRALinear, MoRAModel, layer_sizes
@@ -128,13 +128,13 @@ class TestOperators:
         dense = dense_reference(M, in_features, out_features, mora_type)
         expected = x @ dense.T
         actual = OPERATORS[mora_type](x, M, out_features)
-        assert relative_error(actual, expected) < 1e-12
-        assert relative_error(delta_weight(M, in_features, out_features, mora_type), dense) < 1e-12
+        assert relative_error(actual, expected) < FLOAT64
+        assert relative_error(delta_weight(M, in_features, out_features, mora_type), dense) < FLOAT64
         upstream = torch.randn_like(expected)
         for ours, theirs in zip(
             torch.autograd.grad(actual, (x, M), upstream), torch.autograd.grad(expected, (x, M), upstream), strict=True
         ):
-            assert relative_error(ours, theirs) < 1e-12
+            assert relative_error(ours, theirs) < FLOAT64
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_sharing_factors_multiply_to_the_delta_weight(self, shape):
@@ -236,6 +236,7 @@ class TestLayer:
         mora = layer(base, ("default", config(mora_type, r)))
         x = torch.randn(2, 5, in_features, requires_grad=True)
         M = mora.mora_M["default"]
+        bound = rounding(10 * (in_features + out_features))  # a gradient sums over 10 rows, too
 
         x64, M64 = (t.detach().double().requires_grad_() for t in (x, M))
         weight = base.weight.detach().double()
@@ -246,12 +247,12 @@ class TestLayer:
         expected.backward(upstream.double())
         actual = mora(x)
         actual.backward(upstream)
-        assert relative_error(actual, expected) < 1e-6
-        assert relative_error(M.grad, M64.grad) < 1e-5
-        assert relative_error(x.grad, x64.grad) < 1e-5
+        assert relative_error(actual, expected) < bound
+        assert relative_error(M.grad, M64.grad) < bound
+        assert relative_error(x.grad, x64.grad) < bound
         delta = mora.get_delta_weight("default")
         assert delta.shape == base.weight.shape
-        assert relative_error(delta.T if conv1d else delta, dense) < 1e-6
+        assert relative_error(delta.T if conv1d else delta, dense) < bound
 
     def test_two_adapters_of_different_rank_and_type_add_up(self):
         mora = layer(
@@ -288,7 +289,7 @@ class TestLayer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = model(inputs())
         actual.float().sum().backward()
-        assert relative_error(actual, expected) < 2e-2
+        assert relative_error(actual, expected) < half_rounding(12, torch.bfloat16)
         assert model.base_model.model.lin0.mora_M["default"].grad.dtype == torch.float32
 
     def test_input_dtype_casting_can_be_disabled(self):
@@ -362,7 +363,7 @@ class TestModel:
         with torch.no_grad():
             expected = output_of(model, batch)
             merged = model.merge_and_unload(safe_merge=True)
-            torch.testing.assert_close(output_of(merged, batch), expected, atol=1e-5, rtol=1e-4)
+            assert relative_error(output_of(merged, batch), expected) < rounding(merged)
         assert not any(isinstance(m, MoRALayer) for m in merged.modules())
 
     @pytest.mark.parametrize("mora_type", TYPES)
@@ -373,8 +374,7 @@ class TestModel:
         model.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "adapter_model.safetensors")
         assert set(saved) == {
-            "base_model.model.lin0.mora_M",
-            "base_model.model.lin1.mora_M",
+            *(f"base_model.model.lin{i}.mora_{part}" for i in (0, 1) for part in ("M", "stamp")),
             "base_model.model.head.weight",
             "base_model.model.head.bias",
         }
@@ -395,14 +395,14 @@ class TestModel:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda s: s.pop("base_model.model.lin1.mora_M"), r"'default': layer .*lin1 has no matrix"),
+            (lambda s: s.pop("base_model.model.lin1.mora_M"), r"'default' on this model: 1 missing: lin1\.mora_M"),
             (
                 lambda s: s.update({"base_model.model.lin9.mora_M": torch.zeros(2, 2)}),
-                r"entry base_model.model.lin9.mora_M belongs to no layer",
+                r"1 not in the model: lin9\.mora_M",
             ),
             (
                 lambda s: s.update({"base_model.model.lin0.mora_M": torch.zeros(3, 3)}),
-                r"layer .*lin0 has a matrix of shape \(3, 3\), expected \(12, 12\) for r=3, mora_type='rotation'",
+                r"lin0\.mora_M has shape \(3, 3\) instead of \(12, 12\), that of r=3",
             ),
         ],
     )
@@ -417,7 +417,7 @@ class TestModel:
     def test_injected_model_saves_and_loads_without_prefix(self):
         source = inject_adapter_in_model(config("rotation"), mlp())
         state = get_peft_model_state_dict(source)
-        assert set(state) == {"lin0.mora_M", "lin1.mora_M"}
+        assert set(state) == {f"lin{n}.mora_{part}" for n in (0, 1) for part in ("M", "stamp")}
         target = inject_adapter_in_model(config("rotation"), mlp())
         assert not torch.equal(target(inputs()), source(inputs()))
         set_peft_model_state_dict(target, state)
@@ -484,19 +484,11 @@ class TestModel:
     def test_layers_that_are_not_linear_are_refused_by_name_before_any_change(self, extra, name):
         base = mlp()
         base.extra = extra
-        with pytest.raises(ValueError, match=rf"{name} \(\w+\) is .*exclude_modules"):
+        with pytest.raises(ValueError, match=rf"{name} \(\w+\), which is .*exclude_modules"):
             get_peft_model(base, config(target_modules=["lin0", name]))
         assert isinstance(base.lin0, nn.Linear)
         with pytest.raises(ValueError, match=f"cannot adapt {name} "):
             inject_adapter_in_model(config(), base, state_dict={f"{name}.mora_M": torch.zeros(2, 2)})
-
-    def test_layers_that_mambas_kernels_read_are_refused_before_any_change(self):
-        base = mlp()
-        base.out_proj = nn.Linear(2, 2)
-        base.config = MambaConfig()
-        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-            get_peft_model(base, config(target_modules=["lin0", "out_proj"]))
-        assert isinstance(base.lin0, nn.Linear)
 
     def test_torchao_base_without_its_config_is_refused_before_any_change(self):
         base = _torchao_mlp()
@@ -523,7 +515,7 @@ class TestModel:
         lora_config, state = convert_to_lora(model, rank=17)
         lora = get_peft_model(mlp(), lora_config).eval()
         set_peft_model_state_dict(lora, state)
-        torch.testing.assert_close(lora(inputs()), model(inputs()), atol=1e-5, rtol=1e-4)
+        assert relative_error(lora(inputs()), model(inputs())) < rounding(lora)
 
     @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: _pickled(m)])
     def test_copies_compute_the_same(self, copier):
@@ -601,7 +593,8 @@ class TestMerge:
         keys = set(model.state_dict())
         model.merge_adapter()
         assert set(model.state_dict()) == keys
-        assert set(get_peft_model_state_dict(model)) == {f"base_model.model.lin{i}.mora_M" for i in (0, 1)}
+        saved = {f"base_model.model.lin{i}.mora_{part}" for i in (0, 1) for part in ("M", "stamp")}
+        assert set(get_peft_model_state_dict(model)) == saved
         moved = copier(model).to(torch.bfloat16)
         moved.unmerge_adapter()
         for ours, theirs in zip(base_weights(moved), before, strict=True):
@@ -631,7 +624,7 @@ class TestMerge:
         model.set_adapter("default")
         merged = model.merge_and_unload(adapter_names=["other"])
         assert isinstance(merged, MLP)
-        torch.testing.assert_close(merged(inputs()), expected, atol=1e-5, rtol=1e-4)
+        assert relative_error(merged(inputs()), expected) < rounding(merged)
         assert set(merged.state_dict()) == set(mlp().state_dict())
 
     def test_weight_that_is_no_plain_number_is_refused(self):

@@ -568,7 +568,7 @@ def test_a_part_of_a_model_is_refused(shortcut, pre_num):
     model = encoder(shortcut, pre_num)
     stage = Encoder()
     stage.layers = copy.deepcopy(model.base_model.model.layers[2:])
-    with pytest.raises(RuntimeError, match=r"'layers\.[12]\.up'.*(part of the model|pipeline stage)"):
+    with pytest.raises(RuntimeError, match=r"'layers\.[012]\.up'.*(part of the model|pipeline stage)"):
         stage.double()(data())
 
 
@@ -764,8 +764,13 @@ def test_a_deep_chain_that_takes_from_all_sums_whole_updates(dropout, around, mo
     twin = copy.deepcopy(model)
     results = []
     for candidate, cheaper in ((model, True), (twin, False)):
-        asked = []
-        monkeypatch.setattr(variant, "whole_update_is_cheaper", lambda *sizes, c=cheaper: asked.append(sizes) or c)
+        asked: list[tuple[int, ...]] = []
+
+        def decided(*sizes: int, asked: list[tuple[int, ...]] = asked, cheaper: bool = cheaper) -> bool:
+            asked.append(sizes)
+            return cheaper
+
+        monkeypatch.setattr(variant, "whole_update_is_cheaper", decided)
         torch.manual_seed(3)
         results.append(backwards(candidate, data(), data(seed=2)))
         assert (3, 2, 13, 5, 7) in asked

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from test_relay import assert_same_gradients, gradients
 from tiny_models import TINY_MODELS, output_of
+from tolerances import half_rounding, rounding
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,6 +116,7 @@ LABELS = {
     "hqq": "HQQ",
     "torchao": "torchao int8 weight-only",
 }
+quick = pytest.mark.quick(tuner=["middle", "mora"])
 supported = pytest.mark.support(lambda backend, **_: f"{LABELS[backend]}: a step, save, load, merge, export")
 
 
@@ -144,6 +146,7 @@ INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
@@ -154,10 +157,11 @@ def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
     for model in (quantised, plain):
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     with torch.no_grad():
-        assert relative_error(output_of(quantised, INPUTS), output_of(plain, INPUTS)) < 1e-5
+        assert relative_error(output_of(quantised, INPUTS), output_of(plain, INPUTS)) < rounding(plain)
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -173,7 +177,7 @@ def test_an_adapter_is_saved_loaded_and_exported(backend, tuner, tmp_path):
             output_of(model, INPUTS)  # records norms
     exported = [export_lora(model, **options).state_dict for model in (quantised, plain)]
     for name, factor in exported[1].items():
-        assert torch.allclose(exported[0][name], factor, rtol=1e-3, atol=1e-5)
+        assert relative_error(exported[0][name], factor) <= rounding(64 * 96), name  # MoRA's are from an SVD
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -186,6 +190,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
@@ -200,24 +205,26 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
     for name, layer in adapted_layers(quantised).items():
         merged = dequantised_weight(layer.get_base_layer()).float()
         expected = layers[name].get_base_layer().weight + layers[name].get_delta_weight("default")
+        # The steps of 4 and of 8 bits between the largest and the smallest weight of a group.
         assert relative_error(merged, expected) < {"nf4": 0.15, "hqq": 0.15}.get(backend, 0.02), name
         assert torch.equal(layer.get_base_layer().bias, layers[name].get_base_layer().bias), name
     quantised.unmerge_adapter()
     assert all(torch.equal(value, base_weights(quantised)[name]) for name, value in before.items())
-    assert relative_error(output_of(quantised, INPUTS), unmerged) < 1e-5
+    assert relative_error(output_of(quantised, INPUTS), unmerged) < rounding(plain)
 
 
 @supported
+@quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
 def test_merge_and_unload_gives_the_merged_model(backend, tuner):
-    quantised, _ = pair(backend, tuner)
+    quantised, plain = pair(backend, tuner)
     output_of(quantised, INPUTS)
     twin = copy.deepcopy(quantised)
     twin.merge_adapter()
     expected = output_of(twin, INPUTS)
-    assert relative_error(output_of(quantised.merge_and_unload().train(), INPUTS), expected) < 1e-5
+    assert relative_error(output_of(quantised.merge_and_unload().train(), INPUTS), expected) < rounding(plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -229,7 +236,7 @@ def test_weight_norm_reads_the_dequantised_weight(backend, tuner):
     for name, layer in quantised.named_modules():
         if isinstance(layer, ResLoRALayer):
             expected = layers[name].get_delta_weight("default")
-            assert relative_error(layer.get_delta_weight("default"), expected) < 1e-4
+            assert relative_error(layer.get_delta_weight("default"), expected) < rounding(plain)
     assert output_of(quantised, INPUTS).isfinite().all(), "reading the weights broke the layers"
     base_weights(quantised)
     assert output_of(quantised, INPUTS).isfinite().all()
@@ -239,7 +246,7 @@ def test_weight_norm_reads_the_dequantised_weight(backend, tuner):
 @pytest.mark.parametrize("tuner", TUNERS[:3])
 @torch.no_grad()
 def test_mixed_batches_use_each_rows_adapter(backend, tuner):
-    model, _ = pair(backend, tuner)
+    model, plain = pair(backend, tuner)
     model.add_adapter("other", ResLoRAConfig(r=2, target_modules=TARGETS, shortcut=tuner))
     randomize_adapters(model, seed=3).eval()
     expected = []
@@ -247,8 +254,9 @@ def test_mixed_batches_use_each_rows_adapter(backend, tuner):
         model.set_adapter(name)
         expected.append(output_of(model, INPUTS)[row])
     actual = model(**INPUTS, adapter_names=["default", "other"]).logits
-    # 8-bit activations are scaled by what else is in the batch; nf4 has another kernel for single rows.
-    assert relative_error(actual, torch.stack(expected)) < {"int8": 0.1, "nf4": 0.05}.get(backend, 1e-5)
+    # 8-bit activations are scaled by what else is in the batch; nf4 has another kernel for single rows, in bfloat16.
+    bound = {"int8": 0.1, "nf4": half_rounding(3 * 30, torch.bfloat16)}.get(backend, rounding(plain))
+    assert relative_error(actual, torch.stack(expected)) < bound
 
 
 @pytest.mark.parametrize("tuner", TUNERS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tolerances import rounding
 
 from peft_reslora.recipes import minilm, quickstart, stdlib_docstrings
 from peft_reslora.recipes.minilm import fit_linear_head, run_batched
@@ -109,6 +110,7 @@ def test_load_splits_the_library_of_this_python() -> None:
     assert set(split.targets(split.train)) == set(split.targets(split.test)) == set(range(len(split.labels)))
 
 
+@pytest.mark.slow
 def test_weights_come_from_the_package_without_importing_it() -> None:
     code = (
         "import sys; from peft_reslora.recipes.minilm import find_weights; f = find_weights();"
@@ -252,7 +254,8 @@ def test_quickstart_from_start_to_end(tmp_path: Path, shortcut: str) -> None:
     assert first["trainable"] == second["trainable"]
     losses = list(results["losses"].values())
     assert [len(values) for values in losses] == [3, 3]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)  # same base, head, batch and dropout
+    depth = 6 * (4 * 384 + 1536)  # MiniLM's layers; same base, head, batch and dropout
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=rounding(depth))
     assert losses[0][2] != losses[1][2]
 
     # The adapter does something: without it, the same script's check would fail by far.

@@ -53,10 +53,27 @@ def test_a_name_that_another_package_holds_is_not_taken():
     assert PEFT_TYPE_TO_CONFIG_MAPPING["RESLORA"] is ResLoRAConfig
 
 
-@pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.22.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.22.0", "0.22.0.dev0", "0.22.0rc1", "1.0.0"])
 def test_an_untested_peft_is_refused_with_the_way_out(version):
     with pytest.raises(ImportError, match=rf"peft {version} is installed.*pip install 'peft>=0.21.0,<0.22.0'"):
         registration.check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.24.0", "5.24.0.dev0", "6.0.0"])
+def test_an_untested_transformers_is_refused_with_the_way_out(version):
+    """5.24 would refuse PEFT below 0.22 in `add_adapter`, after the model has been loaded."""
+    way_out = "Look for a newer peft_reslora" if version != "4.57.6" else "Install"
+    with pytest.raises(
+        ImportError,
+        match=rf"transformers {version} is installed\. {way_out}.*pip install 'transformers>=5.0.0,<5.24.0'",
+    ):
+        registration.check_transformers_version(version)
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.23.0", "5.23.1.dev0"])
+def test_tested_versions_are_taken(version):
+    registration.check_transformers_version(version)
+    registration.check_peft_version("0.21.2")
 
 
 def test_importing_the_package_is_enough():

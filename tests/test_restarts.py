@@ -11,6 +11,7 @@ import torch
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import TINY_MODELS
+from tolerances import FLOAT64
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -26,6 +27,7 @@ from peft_reslora.recipes.restarts import (
     warmup_factor,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
 TARGETS = TINY_MODELS["llama"].targets
 CONFIGS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
@@ -124,7 +126,7 @@ def test_restart_does_not_change_the_function_and_training_goes_on(method: str, 
     base = {name: p.clone() for name, p in model.named_parameters() if "base_layer.weight" in name}
     train(model, tmp_path, MergeAndRestartCallback(every=3), record, steps=9)
     assert sorted(record.jumps) == list(range(1, 9))
-    assert max(record.jumps.values()) < 1e-5
+    assert max(record.jumps.values()) < FLOAT64
     assert record.losses[8] < record.losses[5] < record.losses[2]  # in every cycle
     # Two restarts are in the base weights, and the last cycle is in the adapter.
     assert all(not torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
@@ -139,9 +141,9 @@ def test_adapter_is_as_new_after_a_restart(method: str) -> None:
     optimizer = train_by_hand(model, steps=2)
     before = logits(model)
     merge_and_restart(model, optimizer)
-    assert (logits(model) - before).abs().max() < 1e-5
+    assert (logits(model) - before).abs().max() < FLOAT64
     with model.disable_adapter():
-        assert (logits(model) - before).abs().max() < 1e-5
+        assert (logits(model) - before).abs().max() < FLOAT64
 
 
 def train_by_hand(model: PeftModel, steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -196,6 +198,7 @@ def test_only_the_adapters_optimizer_state_is_reset() -> None:
     assert optimizer.state[others[0]]["step"].item() == 3
 
 
+@pytest.mark.quick(scheduler=["cosine"])
 @pytest.mark.parametrize("scheduler", ["constant", "cosine", "reduce_lr_on_plateau"])
 def test_learning_rate_is_warmed_up_again_under_any_scheduler(scheduler: str, tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 4} if scheduler == "reduce_lr_on_plateau" else {}
@@ -257,6 +260,8 @@ def test_a_warmup_ends_where_the_next_begins() -> None:
 RUN: dict[str, Any] = {"steps": 9, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
 
 
+@pytest.mark.quick(method=["reslora block"], interrupted=[4])
+@pytest.mark.quick(method=["mora sharing"], interrupted=[6])
 @pytest.mark.parametrize("method", ["lora", "mora sharing", "reslora block"])
 @pytest.mark.parametrize("interrupted", [4, 6])  # within the warm-up after a restart, and where the next is due
 def test_resumed_run_equals_the_uninterrupted_one(method: str, interrupted: int, tmp_path: Path) -> None:
@@ -268,8 +273,8 @@ def test_resumed_run_equals_the_uninterrupted_one(method: str, interrupted: int,
     folder = str(tmp_path / f"checkpoint-{interrupted}")
     trainer = train(resumed, tmp_path, MergeAndRestartCallback(3, warmup_steps=2), record, resume=folder, **run)
     assert sorted(record.rates) == list(range(interrupted, 9))
-    assert losses(trainer) == pytest.approx(losses(uninterrupted), abs=1e-6)
-    assert (logits(resumed) - logits(whole)).abs().max() < 1e-5
+    assert losses(trainer) == pytest.approx(losses(uninterrupted), rel=FLOAT64)
+    assert (logits(resumed) - logits(whole)).abs().max() < FLOAT64
     rates = [[e["learning_rate"] for e in t.state.log_history if "loss" in e] for t in (trainer, uninterrupted)]
     assert rates[0] == pytest.approx(rates[1])
 
@@ -281,7 +286,7 @@ def test_checkpoint_elsewhere_is_resumed_where_it_is_named(tmp_path: Path) -> No
         train(build(CONFIGS["lora"]()), tmp_path / "second", MergeAndRestartCallback(3), resume=str(moved), **RUN)
     callback = MergeAndRestartCallback(3, resume_from=moved)
     second = train(build(CONFIGS["lora"]()), tmp_path / "second", callback, resume=str(moved), **RUN)
-    assert losses(second) == pytest.approx(losses(first), abs=1e-6)
+    assert losses(second) == pytest.approx(losses(first), rel=FLOAT64)
 
 
 def test_resuming_refuses_missing_damaged_and_foreign_base_weights(tmp_path: Path) -> None:
@@ -307,13 +312,15 @@ def test_resuming_refuses_missing_damaged_and_foreign_base_weights(tmp_path: Pat
         resume(MergeAndRestartCallback(3))
 
 
+@pytest.mark.slow
 def test_same_callback_resumes_a_fresh_model(tmp_path: Path) -> None:
     callback = MergeAndRestartCallback(3)
     first = train(build(CONFIGS["lora"]()), tmp_path, callback, **RUN)
     second = train(build(CONFIGS["lora"]()), tmp_path, callback, resume=str(tmp_path / "checkpoint-5"), **RUN)
-    assert losses(second) == pytest.approx(losses(first), abs=1e-6)
+    assert losses(second) == pytest.approx(losses(first), rel=FLOAT64)
 
 
+@pytest.mark.slow
 def test_restarts_can_begin_at_a_checkpoint_of_a_run_without(tmp_path: Path) -> None:
     train(build(CONFIGS["lora"]()), tmp_path, **{**RUN, "steps": 5})
     record = Record()
@@ -323,20 +330,31 @@ def test_restarts_can_begin_at_a_checkpoint_of_a_run_without(tmp_path: Path) -> 
     assert (tmp_path / "checkpoint-9" / RESTARTS_FILE).is_file()
 
 
+class Spoil(TrainerCallback):
+    """From the sixth step on, each makes the model worse."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.requires_grad and state.global_step >= 6:
+                parameter.data.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.slow
 def test_best_model_at_end_has_its_own_base_weights(tmp_path: Path) -> None:
     model = build(CONFIGS["mora sharing"]())
     trainer = train_with_evaluation(
         model,
         tmp_path,
         MergeAndRestartCallback(3),
-        **{**RUN, "learning_rate": 0.5, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},  # soon diverges
+        Spoil(),
+        **{**RUN, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
     best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
-    assert best < 7
+    assert best < 6
     evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], abs=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=FLOAT64)
 
 
 def test_merged_model_is_saved_whole(tmp_path: Path) -> None:
@@ -345,7 +363,7 @@ def test_merged_model_is_saved_whole(tmp_path: Path) -> None:
     trained = logits(model)
     model.merge_and_unload().save_pretrained(tmp_path / "trained")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
-    assert (logits(loaded) - trained).abs().max() < 1e-5
+    assert (logits(loaded) - trained).abs().max() < FLOAT64
 
 
 def test_base_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -399,6 +417,7 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_the_reason_and_the_remedy(case: str) -> None:
     config, change, message = REFUSED[case]
+    torch.set_default_dtype(torch.float32)  # what PiSSA takes
     model = build(config)
     if change:
         change(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from test_forward import VARIANTS
 from test_relay import assert_same_gradients, gradients
 from tiny_models import TINY_MODELS, llama, output_of, unet
+from tolerances import FLOAT64, half_rounding, rounding
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -22,6 +24,7 @@ from peft_reslora import MoRAConfig, ResLoRAConfig
 
 TUNERS = ["input", "block", "middle", "mora"]
 TARGETS = TINY_MODELS["llama"].targets
+float64 = pytest.mark.usefixtures("float64")
 
 
 def config_of(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
@@ -70,6 +73,9 @@ def norms_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.support("transformers Trainer, saved and resumed")
+@float64
+@pytest.mark.quick(tuner=["middle"], checkpointing=[True])
+@pytest.mark.quick(tuner=["mora"], checkpointing=[False])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tmp_path):
@@ -88,17 +94,18 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tm
     torch.manual_seed(1)
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses_of(resumed)[-3:] == pytest.approx(losses_of(whole)[-3:], rel=1e-5)
+    assert losses_of(resumed)[-3:] == pytest.approx(losses_of(whole)[-3:], rel=FLOAT64)
     assert len(losses_of(whole)) == 6
     for name, parameter in whole.model.named_parameters():
         if parameter.requires_grad:
-            assert relative_error(resumed.model.get_parameter(name), parameter) < 1e-5
+            assert relative_error(resumed.model.get_parameter(name), parameter) < FLOAT64
     for name, window in norms_of(whole.model).items():
         assert (window >= 0).sum() == 6
-        assert torch.allclose(norms_of(resumed.model)[name], window, rtol=1e-4)
+        assert torch.allclose(norms_of(resumed.model)[name], window, rtol=rounding(40))
 
 
 @pytest.mark.support("TRL SFT")
+@pytest.mark.quick(tuner=["input"])
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_sft_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
@@ -123,6 +130,7 @@ def test_trl_sft_trains(tuner, tmp_path):
         "TRL DPO" + (" from a trained adapter (MoRA: copied by hand)" if trained_before else "")
     )
 )
+@pytest.mark.quick(tuner=["block", "mora"], trained_before=[True])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, recwarn):
@@ -148,11 +156,14 @@ def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, r
         set_peft_model_state_dict(trainer.model, trained, adapter_name="ref")
     trainer.train()
     losses = losses_of(trainer)
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ before the first step"
+    assert losses[0] == pytest.approx(math.log(2), abs=rounding(3_000)), (
+        "policy and reference differ before the first step"
+    )
     assert abs(losses[-1] - losses[0]) > 1e-3
 
 
 @pytest.mark.support("TRL GRPO")
+@pytest.mark.quick(tuner=["mora"])
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_trl_grpo_trains(tuner, tmp_path):
     trl = pytest.importorskip("trl")
@@ -173,6 +184,7 @@ def test_trl_grpo_trains(tuner, tmp_path):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+@float64
 @pytest.mark.support("add_adapter of transformers")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
@@ -189,7 +201,9 @@ def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
     assert_same_gradients(gradients(native), expected)
 
 
+@float64
 @pytest.mark.support("add_adapter of diffusers, with and without checkpointing")
+@pytest.mark.quick(checkpointing=[True])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_diffusers_add_adapter_trains(tuner, checkpointing):
@@ -210,6 +224,7 @@ def test_diffusers_add_adapter_trains(tuner, checkpointing):
     assert_same_gradients(gradients(models[0]), gradients(models[1]))
 
 
+@float64
 @pytest.mark.support("AutoPeftModel and from_pretrained, is_trainable=True")
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_auto_classes_and_is_trainable_continue_training(tuner, tmp_path):
@@ -237,7 +252,9 @@ def randomized(tuner: str, pre_num: int = 1) -> nn.Module:
     return randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config_of(tuner, **fields))).eval()
 
 
+@float64
 @pytest.mark.support("saved-tensor offloading")
+@pytest.mark.quick(checkpointing=[True])
 @pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_tensor_offloading_keeps_the_gradient(checkpointing, tuner, pre_num):
@@ -267,8 +284,11 @@ def offloaded(model: nn.Module, how: str, folder: str) -> nn.Module:
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
+@float64
 @pytest.mark.support("accelerate CPU and disk offload: inference")
 @pytest.mark.support("accelerate CPU and disk offload: training", verdict="refused")
+@pytest.mark.quick(tuner=["input", "mora"])
+@pytest.mark.quick(pre_num=[-1], how=["some blocks"])
 @pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("how", ["cpu", "disk", "some blocks"])
 def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, tmp_path):
@@ -277,13 +297,14 @@ def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, t
         expected = output_of(model, INPUTS)
         model = offloaded(model, how, str(tmp_path))
         for _ in range(2):
-            assert relative_error(output_of(model, INPUTS), expected) < 1e-5
+            assert relative_error(output_of(model, INPUTS), expected) < FLOAT64
     with pytest.raises(
         RuntimeError, match=r"layer '?model\.layers\.\d\..*offloaded while gradients are enabled.*no_grad"
     ):
         output_of(model, INPUTS)
 
 
+@float64
 @pytest.mark.support(
     "layers that run several times (ALBERT, several groups)",
     verdict=lambda tuner, **_: "right" if tuner in ("block", "mora") else "refused",
@@ -306,14 +327,15 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
     torch.manual_seed(0)
     model = randomize_adapters(get_peft_model(AlbertModel(config), adapter)).eval()
     if tuner in ("input", "middle"):
-        with pytest.raises(RuntimeError, match=r"ran before its predecessor.*repeat blocks"):
+        with pytest.raises(RuntimeError, match=r"ran again in one call of the model.*shortcut='block'"):
             model(**INPUTS)
         return
     unmerged = model(**INPUTS).last_hidden_state
-    assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < 1e-5
+    assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < FLOAT64
 
 
 @pytest.mark.support("bf16 and fp16 autocast")
+@pytest.mark.quick(checkpointing=[True], dtype=[torch.bfloat16])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -327,7 +349,7 @@ def test_autocast_gradients_are_those_of_float32_up_to_rounding(checkpointing, d
     with torch.autocast("cpu", dtype=dtype):
         loss = output_of(model, INPUTS).float().square().mean()
     loss.backward()
-    assert_close_gradients(model, plain)
+    assert_close_gradients(model, plain, dtype)
 
 
 @pytest.mark.support("bf16 base, float32 or bf16 adapter")
@@ -342,25 +364,31 @@ def test_bf16_base_models_train(autocast_adapter_dtype, tuner):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
     for candidate in (plain, model):
         output_of(candidate, INPUTS).float().square().mean().backward()
-    assert_close_gradients(model, plain)
+    assert_close_gradients(model, plain, torch.bfloat16)
     assert all(window.dtype == torch.float32 for window in norms_of(model).values())
 
 
-def assert_close_gradients(model: nn.Module, plain: nn.Module) -> None:
+def assert_close_gradients(model: nn.Module, plain: nn.Module, dtype: torch.dtype) -> None:
     actual, expected = gradients(model), gradients(plain)
     assert actual.keys() == expected.keys()
     flat = [torch.cat([grads[name].float().flatten() for name in expected]) for grads in (actual, expected)]
-    assert relative_error(*flat) < 0.1
+    assert relative_error(*flat) < half_rounding(2 * 120, dtype)  # forward and backward of four layers
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_norms_do_not_overflow_in_fp16(shortcut):
     """The sum of squares would; the root mean square is kept in float32."""
-    layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))})
-    model = get_peft_model(layers.half(), ResLoRAConfig(r=2, target_modules=r"layers\.\d", shortcut=shortcut))
-    x = torch.full((4, 8), 3e4, dtype=torch.float16)
-    for layer in model.base_model.model["layers"]:
-        layer.train()(x)
+
+    class SideBySide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    model = get_peft_model(SideBySide().half(), ResLoRAConfig(r=2, target_modules=r"layers\.\d", shortcut=shortcut))
+    model.train()(torch.full((4, 8), 3e4, dtype=torch.float16))
     for window in norms_of(model).values():
         assert window.dtype == torch.float32
         assert torch.isfinite(window).all()

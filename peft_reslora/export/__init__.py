@@ -2,5 +2,6 @@
 
 from peft_reslora.export.checkpoint import LoraExport
 from peft_reslora.export.convert import export_lora, export_lora_from_files, save_as_lora
+from peft_reslora.export.pipeline import save_for_pipeline
 
-__all__ = ["LoraExport", "export_lora", "export_lora_from_files", "save_as_lora"]
+__all__ = ["LoraExport", "export_lora", "export_lora_from_files", "save_as_lora", "save_for_pipeline"]

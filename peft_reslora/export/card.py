@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from safetensors import safe_open
 
 from peft_reslora.export.report import COLUMNS, ExportReport
+from peft_reslora.export.text import code, code_block, prose
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.model import size_table
 from peft_reslora.saving import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from peft_reslora.export.checkpoint import LoraExport
 
 # Where the task type leaves no doubt; sequence to sequence may be translation, summarization and others.
 _PIPELINE_TAGS = {
@@ -37,14 +43,11 @@ def lora_card(config: PeftConfig, report: ExportReport, command: str | None = No
         command: the shell command that made it, if it was one.
     """
     method = report.method.split(" ")[0]
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(layer.cells() for layer in report.layers)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    language = "sh" if command else "python"
     return f"""{_head(config, ["lora", method.lower()])}
-# LoRA from {report.method}
+# LoRA from {prose(report.method)}
 
 A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
-`peft_reslora`. The adapter was trained with {method}.
+`peft_reslora`. The adapter was trained with {prose(method)}.
 
 ```python
 from peft import PeftModel
@@ -54,15 +57,33 @@ model = PeftModel.from_pretrained(base_model, "path/or/repo")
 
 ## What the conversion kept
 
-{report.summary()}
-
-{table}
+{_kept(report)}
 
 ## How it was made
 
-```{language}
-{command or report.call}
+{code_block("sh", command) if command else code_block("python", report.call)}
+
+{_versions()}
+"""
+
+
+def pipeline_card(components: Mapping[str, LoraExport]) -> str:
+    """The `README.md` beside one file with the exports of several models of a diffusers pipeline."""
+    methods = sorted({export.report.method.split(" ")[0] for export in components.values()})
+    parts = "\n\n".join(f"### {code(name)}\n\n{_kept(export.report)}" for name, export in components.items())
+    config = next(iter(components.values())).config
+    return f"""{_head(config, ["lora", *map(str.lower, methods)])}
+# LoRA from {prose(", ".join(methods))} for a diffusers pipeline
+
+A standard LoRA for the models {", ".join(map(code, components))}: it loads without `peft_reslora`.
+
+```python
+pipeline.load_lora_weights("path/or/repo")
 ```
+
+## What the conversion kept
+
+{parts}
 
 {_versions()}
 """
@@ -94,6 +115,14 @@ def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> Non
     card.save(file)
 
 
+def _kept(report: ExportReport) -> str:
+    """What the conversion kept, in words and as a table."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows += [(code(name), *map(prose, others)) for name, *others in (layer.cells() for layer in report.layers)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{prose(report.summary())}\n\n{table}"
+
+
 def _mora_sizes(folder: Path, config: PeftConfig) -> str:
     """What MoRA made of each kind of layer, from the weights beside the config, which PEFT writes first."""
     weights = folder / WEIGHTS_FILE
@@ -102,7 +131,7 @@ def _mora_sizes(folder: Path, config: PeftConfig) -> str:
     with safe_open(weights, framework="pt") as tensors:
         sides = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys()}  # noqa: SIM118 - no iterator
     header, *rows = size_table(config, sides)
-    lines = [header, ("---",) * len(header), *rows]
+    lines = [header, ("---",) * len(header), *((code(role), *map(prose, others)) for role, *others in rows)]
     return "\n## Sizes\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -128,7 +157,7 @@ def is_local(base_model: str) -> bool:
 
 def _native_text(config: PeftConfig) -> str:
     """How to use an adapter as it was trained, with `peft_reslora`'s own `peft_type`."""
-    return f"""# {method_name(config)} adapter
+    return f"""# {prose(method_name(config))} adapter
 
 This adapter is no standard LoRA; loading it takes the package `peft_reslora`:
 

@@ -27,8 +27,8 @@ from peft_reslora.export.report import ExportReport
 from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
-_CARD_FILE, _DIFFUSERS_FILE = "README.md", "pytorch_lora_weights.safetensors"
-_OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, _CARD_FILE, _DIFFUSERS_FILE)
+CARD_FILE, DIFFUSERS_FILE = "README.md", "pytorch_lora_weights.safetensors"
+_OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, DIFFUSERS_FILE)
 # The only fields that are written: PEFT before 0.14 refuses those that it does not know.
 _CONFIG_FIELDS = (
     "alpha_pattern",
@@ -62,13 +62,27 @@ class LoraExport:
         config: a plain `LoraConfig`.
         state_dict: `base_model.model.<module>.lora_A.weight` (r, in_features), `.lora_B.weight` (out_features, r).
         report: per layer, what the conversion kept.
-        diffusers_prefix: 'unet' or 'transformer' for a diffusers base; its pipelines read a file of their own.
+        diffusers_prefix: what a diffusers pipeline puts before the layers' names, such as 'unet' or 'text_encoder',
+            for a model that pipelines hold; they read a file of their own.
     """
 
     config: LoraConfig
     state_dict: dict[str, Tensor]
     report: ExportReport
     diffusers_prefix: str | None = None
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each layer in the file."""
+        found: dict[str, tuple[int, int]] = {}
+        for key, A in self.state_dict.items():
+            if key.endswith(".lora_A.weight"):
+                name = key.removesuffix(".lora_A.weight")
+                found[name.removeprefix(PREFIX)] = A.shape[1], self.state_dict[f"{name}.lora_B.weight"].shape[0]
+        return found
+
+    def pipeline_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under the names by which a diffusers pipeline reads them: `unet.<module>.lora_A.weight`."""
+        return {f"{prefix}.{key.removeprefix(PREFIX)}": tensor for key, tensor in self.state_dict.items()}
 
     def save_pretrained(
         self,
@@ -92,10 +106,11 @@ class LoraExport:
             _refuse_all_but_exports(Path(save_directory))
             save_file(self.state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             if self.diffusers_prefix is not None:
-                renamed = {f"{self.diffusers_prefix}.{k.removeprefix(PREFIX)}": v for k, v in self.state_dict.items()}
-                save_file(renamed, folder / _DIFFUSERS_FILE, metadata={"format": "pt"})
+                save_file(
+                    self.pipeline_tensors(self.diffusers_prefix), folder / DIFFUSERS_FILE, metadata={"format": "pt"}
+                )
             (folder / CONFIG_FILE).write_text(self._config_json(), encoding="utf-8")
-            (folder / _CARD_FILE).write_text(lora_card(self.config, self.report, command), encoding="utf-8")
+            (folder / CARD_FILE).write_text(lora_card(self.config, self.report, command), encoding="utf-8")
             if base_model is not None:
                 _prove(folder, base_model, self.state_dict)
 
@@ -204,6 +219,8 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
     """
     if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
         raise ValueError("base_model has an adapter already; give the bare base model to check the export on.")
+    if any(tensor.is_meta for tensor in (*base_model.parameters(), *base_model.buffers())):
+        raise ValueError("base_model is offloaded or without weights; give one in memory to check the export on.")
     try:
         loaded = PeftModel.from_pretrained(copy.deepcopy(base_model), str(folder))
     except (ValueError, RuntimeError, KeyError) as error:

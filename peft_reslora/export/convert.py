@@ -6,24 +6,28 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.export.base import unknown_layers
 from peft_reslora.export.card import is_local, method_name
 from peft_reslora.export.checkpoint import PREFIX, LoraExport
-from peft_reslora.export.fitting import Fit, FittedUpdate
+from peft_reslora.export.files import targets_in_files, updates_in_files
+from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
+from peft_reslora.export.pipeline import diffusers_prefix
+from peft_reslora.export.reading import read_adapter
 from peft_reslora.export.report import ExportReport, LayerReport
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
-    diffusers_prefix,
-    read_adapter,
+    name_of,
     refuse_config,
-    targets_in_files,
-    updates_in_files,
+    refuse_resized,
+    tied_layers,
     updates_in_model,
 )
 from peft_reslora.export.targets import (
@@ -32,9 +36,12 @@ from peft_reslora.export.targets import (
     matched_besides,
     missing_partners,
     named_base_modules,
+    refuse_misfits,
     target_names,
     tuner_layers,
 )
+from peft_reslora.names import unwrapped
+from peft_reslora.precision import full_precision
 
 _VLLM_DEFAULT_MAX_RANK = 16
 
@@ -54,8 +61,9 @@ def export_lora(
     """Turn an adapter into a standard LoRA; the model is left as it is.
 
     Exact for LoRA, AdaLoRA, LoHa, LoKr, ResLoRA's 'block' and MoRA's 'sharing'; ResLoRA's 'input' and 'middle' by the
-    config's `merge_estimator`. All pairs get one rank, the least of 8, 16, 32, 64, 128, 256, 320 and 512 that holds
-    every update, by padding with zeros.
+    config's `merge_estimator`, exact where a layer is annealed or the first of its chain. The names in the file are
+    those of the bare model, also where torch.compile, checkpointing, FSDP or DDP wraps its blocks. All pairs get one
+    rank, the least of 8, 16, 32, 64, 128, 256, 320 and 512 that holds every update, by padding with zeros.
 
     Args:
         model: a PeftModel, a tuner, or a model into which the adapter was injected.
@@ -106,7 +114,10 @@ def export_lora_from_files(
     energy: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
-    """Turn a saved ResLoRA or LoRA adapter into a standard LoRA, without its base model.
+    """Turn a saved ResLoRA, MoRA or LoRA adapter into a standard LoRA, without its base model.
+
+    Of MoRA, the files hold the shapes of no layer: the config of the base model has to be on this machine, in its
+    folder or the Hub's cache. Where it is, it also tells whether the files hold all layers.
 
     What takes the base model is not done: layers without an update are not filled with zeros, `target_modules` are
     the adapter's own where they are plain names and full module names otherwise, and there is no file for diffusers.
@@ -120,19 +131,18 @@ def export_lora_from_files(
         ValueError: naming the file that is missing, damaged or of another kind; or as `export_lora`.
     """
     fit = Fit(rank, energy, dtype or torch.float32)
-    folder = Path(adapter_dir)
-    config, state_dict = read_adapter(folder)
-    refuse_config(config, folder.name)
-    updates = updates_in_files(config, state_dict, folder.name, fit)
+    adapter = read_adapter(Path(adapter_dir))
+    config: Any = adapter.config
+    updates = updates_in_files(adapter, fit)
     lora_config = LoraConfig(
         target_modules=targets_in_files(config, list(updates)),
-        fan_in_fan_out=config.fan_in_fan_out,
+        fan_in_fan_out=adapter.fan_in_fan_out,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         auto_mapping=config.auto_mapping,
     )
-    call = f"export_lora_from_files({folder.name!r}{fit.arguments()})"
+    call = f"export_lora_from_files({adapter.name!r}{fit.arguments()})"
     export = _assemble(updates, {}, lora_config, fit, config, call, None)
     _warn(export)
     return export
@@ -140,9 +150,11 @@ def export_lora_from_files(
 
 def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: bool, progressbar: bool) -> LoraExport:
     """What `export_lora` does, without its warnings: those point to the line that called a public function."""
+    model = unwrapped(model)
     config = config_in_model(model, adapter_name)
     refuse_config(config, adapter_name)
     base_model = base_model_of(model)
+    refuse_resized(base_model, config, adapter_name)
     modules = named_base_modules(base_model)
     updates = updates_in_model(modules, adapter_name, fit, progressbar)
     zeros, targets = _complete(updates, modules, fill_missing_layers)
@@ -152,13 +164,17 @@ def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: 
         target_modules=targets,
         fan_in_fan_out=any(isinstance(tuner_layers(modules[n])[-1].get_base_layer(), Conv1D) for n in updates),
         task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path or _name_of(base_model),
+        base_model_name_or_path=config.base_model_name_or_path or name_of(base_model),
         revision=config.revision,
         auto_mapping=auto_mapping if config.task_type is None else None,
     )
     unfilled = "" if fill_missing_layers else ", fill_missing_layers=False"
     call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{unfilled})"
-    return _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_class))
+    export = _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_model))
+    refuse_misfits(export.shapes(), modules)
+    export.report.tied.update(tied_layers(updates, modules))
+    export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))
+    return export
 
 
 def _complete(
@@ -183,6 +199,7 @@ def _complete(
     return shapes, targets
 
 
+@full_precision()
 def _assemble(
     updates: Mapping[str, FittedUpdate],
     zeros: Shapes,
@@ -207,17 +224,17 @@ def _assemble(
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
     dtype = str(fit.dtype).removeprefix("torch.")
-    layers = _layer_reports(updates, _merge_of(source), fit)
+    layers = _layer_reports(updates, fit)
     report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros))
     return LoraExport(lora_config, state_dict, report, prefix)
 
 
-def _layer_reports(updates: Mapping[str, FittedUpdate], merge: str, fit: Fit) -> list[LayerReport]:
+def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerReport]:
     return [
         LayerReport(
             layer=name,
-            merge=merge,
-            exact=merge == "exact" and not update.truncated and fit.dtype == torch.float32,
+            merge=update.merge,
+            exact=update.merge == EXACT and not update.truncated and fit.dtype == torch.float32,
             rank_before=update.rank_before,
             rank_after=update.factors.rank,
             energy_kept=update.energy_kept,
@@ -230,11 +247,7 @@ def _layer_reports(updates: Mapping[str, FittedUpdate], merge: str, fit: Fit) ->
 def _warn(export: LoraExport) -> None:
     """Say what the export will meet elsewhere; called by the function that the user called."""
     r, base = export.config.r, export.config.base_model_name_or_path
-    sides: dict[str, int] = {}  # the smaller one of each module
-    for key, tensor in export.state_dict.items():
-        name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
-        side = tensor.shape[1] if factor.startswith("A") else tensor.shape[0]
-        sides[name] = min(side, sides.get(name, side))
+    sides = {name: min(shape) for name, shape in export.shapes().items()}
     if r > _VLLM_DEFAULT_MAX_RANK:
         warnings.warn(f"The LoRA has r={r}: vLLM needs --max-lora-rank {r} to serve it.", stacklevel=3)
     if narrow := [name for name, side in sides.items() if side < r]:
@@ -244,23 +257,11 @@ def _warn(export: LoraExport) -> None:
             "llama.cpp, or export with a lower rank=.",
             stacklevel=3,
         )
+    for note in export.report.notes():
+        warnings.warn(note, stacklevel=3)
     if base is not None and is_local(base):
         warnings.warn(
             f"The base model of the LoRA is the local path {base!r}, which others cannot load. Set "
             "export.config.base_model_name_or_path to its Hub id before saving.",
             stacklevel=3,
         )
-
-
-def _merge_of(config: PeftConfig) -> str:
-    """How the adapter becomes one matrix per layer; only ResLoRA's 'input' and 'middle' are estimated."""
-    estimator = getattr(config, "merge_estimator", None)
-    return "exact" if getattr(config, "shortcut", "block") == "block" else f"estimated by {estimator}"
-
-
-def _name_of(base_model: nn.Module) -> str | None:
-    """Where the base model came from: transformers keep it on the model, diffusers in its config."""
-    name = getattr(base_model, "name_or_path", None) or getattr(
-        getattr(base_model, "config", None), "_name_or_path", None
-    )
-    return name or None

@@ -12,6 +12,7 @@ from peft_reslora.export.factors import Factors, check_truncation, relative_erro
 # The ranks that vLLM can be told to serve; TGI and LoRAX take them without padding of their own.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXACT = "exact"  # of how an adapter became one matrix per layer
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class FittedUpdate:
         rank_before: directions before truncation.
         energy_kept: fraction of the squared singular values that is left.
         relative_error: ||update - factors||_F / ||update||_F.
+        merge: how the adapter became the update, `EXACT` or what estimated it.
     """
 
     factors: Factors
     rank_before: int
     energy_kept: float
     relative_error: float
+    merge: str = EXACT
 
     @property
     def truncated(self) -> bool:
@@ -64,7 +67,7 @@ class Fit:
         given = {"rank": self.rank, "energy": self.energy, "dtype": dtype}
         return "".join(f", {name}={value}" for name, value in given.items() if value is not None)
 
-    def update(self, factors: Factors) -> FittedUpdate:
+    def update(self, factors: Factors, merge: str = EXACT) -> FittedUpdate:
         """Truncate, cast once, and measure what that cost.
 
         Raises:
@@ -86,7 +89,7 @@ class Fit:
                 cast, f"its factors do not fit into {self.dtype}; choose torch.float32 or torch.bfloat16"
             )
             error = relative_error(factors, cast)
-        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error)
+        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge)
 
     def file_rank(self, updates: Mapping[str, FittedUpdate]) -> int:
         """The least rank that is served and holds every update; not below the rank that was asked for."""

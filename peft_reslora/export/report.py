@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+from peft_reslora.export.text import printable
 
 COLUMNS = ("layer", "exact", "merge", "rank", "kept", "energy kept", "relative error")
 
@@ -35,7 +38,7 @@ class LayerReport:
     def cells(self) -> tuple[str, ...]:
         """The row of the table, under `COLUMNS`."""
         numbers = (self.rank_before, self.rank_after, f"{self.energy_kept:.6f}", f"{self.relative_error:.2e}")
-        return (self.layer, "yes" if self.exact else "no", self.merge, *map(str, numbers))
+        return (printable(self.layer), "yes" if self.exact else "no", self.merge, *map(str, numbers))
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class ExportReport:
         dtype: of the tensors in the file.
         layers: a row for each layer of the adapter.
         filled: layers without an update, which are in the file as zeros.
+        tied: layers of the adapter that share their weight with another module; that module's name by theirs.
+        unknown: layers that a model of the base's class lacks when it is built from its config.
     """
 
     method: str
@@ -57,6 +62,8 @@ class ExportReport:
     dtype: str
     layers: list[LayerReport]
     filled: list[str]
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    unknown: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def exact(self) -> bool:
@@ -74,7 +81,8 @@ class ExportReport:
 
     def summary(self) -> str:
         """What was done, how well, in one or two sentences."""
-        merges = sorted({layer.merge for layer in self.layers} - {"exact"})
+        estimates = Counter(layer.merge for layer in self.layers if layer.merge != "exact")
+        merges = [f"{merge} on {count} layers" for merge, count in sorted(estimates.items())]
         text = f"{self.method} with {len(self.layers)} layers as LoRA of r={self.r}, {self.dtype}: "
         text += "exact up to rounding" if self.exact else f"largest relative error {self.worst_error:.2e}"
         if merges:
@@ -84,7 +92,21 @@ class ExportReport:
             )
         if self.filled:
             text += f". {len(self.filled)} layers without an update are filled with zeros"
-        return f"{text}."
+        return " ".join([f"{text}.", *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What one has to know before the export is used, a sentence each."""
+        notes = [
+            f"Layer {layer!r} shares its weight with {other!r}: apply the LoRA beside that weight, as PEFT does, and "
+            "do not merge it in, which would change both."
+            for layer, other in self.tied.items()
+        ]
+        if self.unknown:
+            notes.append(
+                f"{len(self.unknown)} layers are in no model of the base's class as its config builds it, "
+                f"{self.unknown[0]!r} among them: a program that builds it so does not find them."
+            )
+        return notes
 
     def __str__(self) -> str:
         rows = [COLUMNS, *(layer.cells() for layer in self.layers)]

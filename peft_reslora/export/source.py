@@ -1,31 +1,31 @@
-"""The adapter that is exported, in a model or in a folder: its config, its updates, and what no LoRA can hold."""
+"""The adapter that is exported, in a model: its config, its updates, and what no LoRA can hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
+from peft_reslora.export.base import config_of_base
 from peft_reslora.export.card import method_name
-from peft_reslora.export.checkpoint import PREFIX
-from peft_reslora.export.factors import Factors, layer_factors
-from peft_reslora.export.fitting import Fit, FittedUpdate
-from peft_reslora.export.targets import tuner_layers
-from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
+from peft_reslora.export.factors import layer_factors
+from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
+from peft_reslora.export.targets import layers_over, tuner_layers
+from peft_reslora.precision import full_precision
+from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linking import chains_among
+from peft_reslora.reslora.variant import planned
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
 
-_FROM_FILES = ("RESLORA", "LORA")
 _INITS_THAT_CHANGE_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
@@ -70,7 +70,59 @@ def refuse_config(config: PeftConfig, adapter_name: str) -> None:
         raise ValueError(f"Adapter {adapter_name!r} fits into no plain LoRA: {'; '.join(faults)}. {MERGE_INSTEAD}")
 
 
-@torch.no_grad()
+def refuse_resized(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Refuse an adapter of a base with another vocabulary than it was loaded with: PEFT saves the new rows of the
+    embedding with the native adapter, and a LoRA has no place for them.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    own = getattr(base_model, "config", None)
+    if not isinstance(own, PretrainedConfig):
+        return
+    loaded = config_of_base(config, None if config.base_model_name_or_path else name_of(base_model))
+    sizes = [size for c in (own, loaded) if c is not None and (size := _vocabulary(c)) is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"The base model of adapter {adapter_name!r} has a vocabulary of {sizes[0]}, and it was loaded with one "
+            f"of {sizes[1]} (resize_token_embeddings): a LoRA cannot hold the rows that were added. Save the resized "
+            "base model, set config.base_model_name_or_path to where it is, and export again; or use "
+            "merge_and_unload() and save the whole model."
+        )
+
+
+def _vocabulary(config: PretrainedConfig) -> int | None:
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # several parts of the model read text
+        return None
+
+
+def name_of(base_model: nn.Module) -> str | None:
+    """Where the base model came from: transformers keep it on the model, diffusers in its config."""
+    name = getattr(base_model, "name_or_path", None) or getattr(
+        getattr(base_model, "config", None), "_name_or_path", None
+    )
+    return name or None
+
+
+def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The exported layers whose weight another module uses as its own, such as an embedding; with that module."""
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        *_, base = layers_over(module)
+        for parameter in base._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(user for user in names if user != name)
+        for names in users.values()
+        for name in names
+        if len(names) > 1 and name in exported
+    }
+
+
+@full_precision()
 def updates_in_model(
     modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
 ) -> dict[str, FittedUpdate]:
@@ -86,113 +138,34 @@ def updates_in_model(
         ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
     """
     updates = {}
-    for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            raise ValueError(
-                f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(module).__name__}), which no LoRA "
-                f"can hold. {MERGE_INSTEAD}"
-            )
-        for layer in tuner_layers(module):
-            if adapter_name in layer._get_available_adapters():
-                with _named(adapter_name, name):
-                    updates[name] = fit.update(layer_factors(layer, adapter_name, approximate=fit.approximate))
+    layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
+    with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
+        for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
+            for layer in layers_over(module):
+                if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._get_available_adapters():
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which "
+                        f"no LoRA can hold. {MERGE_INSTEAD}"
+                    )
+                if isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters():
+                    with in_layer(adapter_name, name):
+                        factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
+                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
 
 
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of a saved ResLoRA or LoRA adapter.
-
-    Raises:
-        ValueError: naming the file that is missing, damaged or of another kind.
-    """
-    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist; a folder with {CONFIG_FILE} and {WEIGHTS_FILE} is needed.")
-    try:
-        peft_type = json.loads(config_file.read_text(encoding="utf-8")).get("peft_type")
-        config = PeftConfig.from_pretrained(str(folder)) if peft_type in _FROM_FILES else None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config_file} cannot be read as the config of an adapter: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"{config_file} has peft_type {peft_type!r}; from files alone, only {' and '.join(_FROM_FILES)} are "
-            "exported. Load the adapter onto its base model and use export_lora."
-        )
-    refuse_damaged(weights_file)
-    return config, load_file(weights_file)
-
-
-@torch.no_grad()
-def updates_in_files(
-    config: LoraConfig, state_dict: Mapping[str, Tensor], adapter_name: str, fit: Fit
-) -> dict[str, FittedUpdate]:
-    """The update of every layer of a saved adapter, by the module's name in the base model.
-
-    Raises:
-        ValueError: if a tensor belongs to no pair of factors, or as `updates_in_model`.
-    """
-    if others := [key for key in state_dict if ".lora_" not in key]:
-        raise ValueError(
-            f"Adapter {adapter_name!r} holds more than LoRA factors ({', '.join(others[:3])}): modules_to_save, new "
-            f"tokens or copies of base weights fit into no plain LoRA. {MERGE_INSTEAD}"
-        )
-    if config.peft_type == "RESLORA":
-        from peft_reslora.reslora.merge import merged_factors_from_state_dict
-
-        pairs = merged_factors_from_state_dict(config, state_dict)  # type: ignore[arg-type]
-    else:
-        pairs = _lora_pairs(config, state_dict)
-    updates = {}
-    for name, (A, B) in pairs.items():
-        with _named(adapter_name, name):
-            updates[name] = fit.update(Factors.of(A, B))
-    return updates
-
-
-def targets_in_files(config: LoraConfig, exported: list[str]) -> list[str]:
-    """`target_modules` where the base model's other modules are not known.
-
-    The adapter's own, if nothing but them decided which modules it has; the full names otherwise.
-    """
-    own = config.target_modules
-    narrowed = config.exclude_modules or config.layers_to_transform is not None
-    return sorted(exported if isinstance(own, str) or not own or narrowed else own)
-
-
-def diffusers_prefix(base_class: type) -> str | None:
-    """The name under which a diffusers pipeline holds such a model; None for the models of other libraries."""
-    names = {c.__name__ for c in base_class.__mro__ if c.__module__.split(".")[0] == "diffusers"}
-    if "ModelMixin" not in names:
-        return None
-    return "unet" if any("UNet" in name for name in names) else "transformer"
-
-
-def _lora_pairs(config: LoraConfig, state_dict: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, scaling * B) by module; the rank of each pair is the one it has."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
-        factors.setdefault(name, {})[factor] = tensor
-    alphas = config.alpha_pattern or {}
-    pairs = {}
-    for name, found in factors.items():
-        if found.keys() != {"A.weight", "B.weight"}:
-            raise ValueError(
-                f"Layer {name!r} has the tensors {', '.join(f'lora_{f}' for f in sorted(found))} instead of "
-                f"lora_A.weight and lora_B.weight, so it is no plain LoRA of a linear layer. {MERGE_INSTEAD}"
-            )
-        A, B = found["A.weight"], found["B.weight"]
-        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-        scaling = alpha / math.sqrt(A.shape[0]) if config.use_rslora else alpha / A.shape[0]
-        pairs[name] = A, scaling * (B if B.dtype == torch.float64 else B.float())
-    return pairs
+def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> str:
+    """How the layer's update becomes one matrix: only ResLoRA's 'input' and 'middle' have any that are estimated."""
+    if not isinstance(layer, ResLoRALayer) or layer.merges_exactly(adapter_name):
+        return EXACT
+    chain, _ = layer.chain_of(adapter_name)  # type: ignore[misc]  # a layer without a chain is exact
+    return f"estimated by {chain.config.merge_estimator}"
 
 
 @contextmanager
-def _named(adapter_name: str, layer: str) -> Iterator[None]:
+def in_layer(adapter_name: str, layer: str) -> Iterator[None]:
     """Put adapter and layer before the reason for which a layer is refused."""
     try:
         yield

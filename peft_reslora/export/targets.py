@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.names import unwrapped
+
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel, a PeftMixedModel or a tuner; another model is its own base model."""
+    """The base model inside a PeftModel, a PeftMixedModel or a tuner; another model is its own base model.
+
+    Outside of what wraps it, such as torch.compile.
+    """
     tuner = getattr(model, "base_model", None) if not isinstance(model, BaseTuner) else model
-    return tuner.model if isinstance(tuner, BaseTuner) else model
+    return unwrapped(tuner.model if isinstance(tuner, BaseTuner) else model)
 
 
 def named_base_modules(base_model: nn.Module) -> dict[str, nn.Module]:
-    """All modules under the names that they have without adapters, each module once as in `named_modules`.
+    """All modules under the names that they have without adapters and wrappers, each once as in `named_modules`.
 
-    In the place of an adapted module stands its tuner layer (or wrapper); what adapters added is left out.
+    In the place of an adapted module stands its tuner layer, in that of a wrapped one the wrapper; what adapters added
+    is left out.
     """
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
 
     def walk(name: str, module: nn.Module) -> None:
-        inner = list(_layers_over(module))[-1]
+        inner = list(layers_over(module))[-1]
         if inner in seen:
             return
         seen.add(inner)
@@ -40,15 +46,37 @@ def named_base_modules(base_model: nn.Module) -> dict[str, nn.Module]:
 
 def tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
     """The tuner layers that stand in one place, outermost first; more than one where tuners are mixed."""
-    return [layer for layer in _layers_over(module) if isinstance(layer, BaseTunerLayer)]
+    return [layer for layer in layers_over(module) if isinstance(layer, BaseTunerLayer)]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of the linear layer in this place; None if there is another module."""
-    *_, base = _layers_over(module)
+    *_, base = layers_over(module)
     if isinstance(base, Conv1D):
         return base.nx, base.nf
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
+
+
+def refuse_misfits(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, nn.Module]) -> None:
+    """Check that what is exported are updates of the base model's layers, under the names that these have there.
+
+    Args:
+        shapes: (in_features, out_features) of each exported update.
+        modules: of the base model, as from `named_base_modules`.
+
+    Raises:
+        ValueError: naming the layer that is not there, or has another shape.
+    """
+    for name, shape in shapes.items():
+        module = modules.get(name)
+        layers: list[Any] = [] if module is None else tuner_layers(module)  # of quantised layers they know the shape
+        own = (layers[-1].in_features, layers[-1].out_features) if layers else module and linear_shape(module)
+        if own != shape:
+            there = f"a layer with {own[0]} and {own[1]}" if own else "no such layer"
+            raise ValueError(
+                f"The update of layer {name!r} is for {shape[0]} inputs and {shape[1]} outputs, and the base model "
+                f"has {there} there. Gather a sharded model first, or load the adapter onto its base model."
+            )
 
 
 def missing_partners(exported: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -78,19 +106,24 @@ def target_names(exported: Iterable[str], all_names: Iterable[str]) -> list[str]
     A bare suffix (`q_proj`) where every module of that suffix is in `exported`, the full name of a module otherwise.
     """
     exported = set(exported)
-    others = [f".{name}" for name in all_names if name not in exported]
+    taken = {ending for name in all_names if name not in exported for ending in endings_of(name)}
     suffixes = {name: _suffix(name) for name in exported}
-    ambiguous = {s for s in set(suffixes.values()) if any(other.endswith(f".{s}") for other in others)}
-    return sorted({name if suffix in ambiguous else suffix for name, suffix in suffixes.items()})
+    return sorted({name if suffix in taken else suffix for name, suffix in suffixes.items()})
 
 
-def matched_besides(exported: Collection[str], targets: list[str], all_names: Iterable[str]) -> list[str]:
+def matched_besides(exported: Collection[str], targets: Collection[str], all_names: Iterable[str]) -> list[str]:
     """The modules that PEFT would adapt for `targets` although they are not in `exported`.
 
     There are some where the full name of one module is the end of another's: `head` and `decoder.head`.
     """
-    config = LoraConfig(target_modules=targets)
-    return [n for n in all_names if n and n not in exported and check_target_module_exists(config, n)]
+    exported, wanted = set(exported), set(targets)
+    return [name for name in all_names if name and name not in exported and not wanted.isdisjoint(endings_of(name))]
+
+
+def endings_of(name: str) -> list[str]:
+    """The names in a `target_modules` by which PEFT finds the module: its own, and what follows each dot in it."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _suffix(name: str) -> str:
@@ -100,9 +133,16 @@ def _suffix(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def _layers_over(module: nn.Module) -> Iterator[nn.Module]:
+def layers_over(module: nn.Module) -> Iterator[nn.Module]:
     """The module, and what it wraps, down to the base model's own module."""
     yield module
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        module = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.base_layer  # type: ignore[assignment]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        elif (inside := unwrapped(module)) is not module:
+            module = inside
+        else:
+            return
         yield module

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.base_weights import (
+    give_back_weight,
+    own_weight,
+    refuse_overflow,
+    refuse_unreadable,
+    refuse_unwritable,
+)
+from peft_reslora.offloading import held_tensor, onloaded
+from peft_reslora.precision import full_precision
 from peft_reslora.quantized import keep_bias, kept_copy, put_back, refuse_repacked
+from peft_reslora.stamps import StampedLayer
 
 from .config import MoRAConfig
 from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
-
-_READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def broken_adapter_message(adapter_name: str) -> str:
-    """PEFT's own words, which its users and tests look for."""
-    return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
 
 
 class SquareMatrices(nn.ParameterDict):
@@ -37,14 +42,16 @@ class SquareMatrices(nn.ParameterDict):
         return M.view_as(M)
 
 
-class MoRALayer(BaseTunerLayer):
+class MoRALayer(StampedLayer, BaseTunerLayer):
     """The adapters of one base layer: a square matrix each, and how it meets the input.
 
     `layer_name` is for messages only: the name of the layer in the model when it was first adapted.
     """
 
     adapter_layer_names: tuple[str, ...] = ("mora_M",)
-    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "mora_dropout")
+    other_param_names: tuple[str, ...] = ("r", "mora_type", "square_size", "scaling", "mora_dropout", "mora_stamp")
+    stamp_name = "mora_stamp"
+    part_names = ("mora_M",)
     in_features: int
     out_features: int
 
@@ -56,9 +63,12 @@ class MoRALayer(BaseTunerLayer):
         )
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
+        self.mora_stamp = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
         self.square_size: dict[str, int] = {}
+        self.restarting: set[str] = set()  # adapters whose checkpoints may be of another operator
+        self.scaling: dict[str, float] = {}  # by adapter: what its update is multiplied by, in all that is made of it
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -70,13 +80,70 @@ class MoRALayer(BaseTunerLayer):
         mora_type = config.resolve_type(r)
         q = square_size(self.in_features, self.out_features, r, mora_type)
         self.r[adapter_name], self.mora_type[adapter_name], self.square_size[adapter_name] = r, mora_type, q
+        self.scaling[adapter_name] = 1.0
         self.mora_dropout[adapter_name] = nn.Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
         self.mora_M[adapter_name] = nn.Parameter(torch.zeros(q, q))
         if not config.init_weights:
             nn.init.uniform_(self.mora_M[adapter_name], -(q**-0.5), q**-0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.stamped:
+            self.await_stamp(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the update of `adapter` by `scale` from now on, instead of by 1.
+
+        As in LoRA, an adapter that is not on this layer is passed over, and a saved adapter does not keep its scale.
+
+        Raises:
+            ValueError: if the adapter is merged.
+        """
+        if adapter not in self.scaling:
+            return
+        if adapter in self.merged_adapters and scale != self.scaling[adapter]:
+            raise ValueError(
+                f"Adapter {adapter!r} is merged into layer {self.layer_name} with scale {self.scaling[adapter]}, "
+                "which cannot be changed there. Unmerge it, set the scale, and merge again."
+            )
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters by `scale`.
+
+        Raises:
+            ValueError: if one of them is merged.
+        """
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.set_scale(adapter_name, self.scaling[adapter_name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters by `scale`, or set it to 1.
+
+        Raises:
+            ValueError: if one of them is merged, or `scale` is 0.
+        """
+        if scale == 0:
+            raise ValueError("A scale cannot be divided by 0; unscale_layer(None) sets it to 1.")
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.set_scale(adapter_name, 1.0 if scale is None else self.scaling[adapter_name] / scale)
+
+    def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
+        return {"mora_M": self.mora_M[adapter_name]}
+
+    def computation(self, adapter_name: str) -> str:
+        return f"mora_type={self.mora_type[adapter_name]!r}"
+
+    def accepted_computations(self, adapter_name: str) -> list[str]:
+        if adapter_name not in self.restarting:
+            return super().accepted_computations(adapter_name)
+        return [f"mora_type={operator!r}" for operator in OPERATORS]
+
+    def layer_title(self, adapter_name: str) -> str:
+        return self.layer_name
+
+    @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What merging adds to the base weight, in the base weight's own orientation, at least in float32."""
         delta = delta_weight(
@@ -84,6 +151,7 @@ class MoRALayer(BaseTunerLayer):
         )
         return delta.T if self.fan_in_fan_out else delta
 
+    @full_precision()
     def merged_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """LoRA factors A `(q, in_features)` and B `(out_features, q)` with B @ A equal to the update, in `nn.Linear`'s
         orientation and at least in float32.
@@ -111,28 +179,30 @@ class MoRALayer(BaseTunerLayer):
             TypeError: if PEFT cannot dequantise it.
             ValueError: if bitsandbytes has repacked it.
         """
-        refuse_repacked(self.get_base_layer(), self.layer_name)
-        weight = super().get_base_weight()
-        if weight.dtype not in _READABLE_DTYPES:
-            raise TypeError(
-                f"The weight of layer {self.layer_name} has type {weight.dtype}, which PEFT cannot dequantise. Load "
-                "the base model in float32, bfloat16 or float16 to merge."
-            )
+        base_layer = self.get_base_layer()
+        refuse_repacked(base_layer, self.layer_name)
+        if self.quantization_backend is None and "weight" in base_layer._parameters:
+            weight = held_tensor(base_layer, "weight").detach()
+        else:
+            weight = super().get_base_weight()
+        refuse_unreadable(weight, self.layer_name)
         return weight
 
     def _exact_matrix(self, adapter_name: str) -> torch.Tensor:
+        """M times its scale, at least in float32."""
         if adapter_name not in self.mora_M:
             raise ValueError(
                 f"Adapter {adapter_name!r} is not on layer {self.layer_name}; "
                 f"it has {', '.join(map(repr, self.mora_M)) or 'none'}."
             )
-        M = self.mora_M[adapter_name]
+        self.check_loaded(adapter_name)
+        M = held_tensor(self.mora_M, adapter_name)
         if isinstance(M, DTensor) or M.is_meta or M.numel() == 0:
             raise RuntimeError(
                 f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is sharded or offloaded and "
                 "cannot be read. Save the adapter and load it into a model without sharding and offloading."
             )
-        return M.to(torch.promote_types(M.dtype, torch.float32))
+        return M.to(torch.promote_types(M.dtype, torch.float32)) * self.scaling[adapter_name]
 
 
 class MoRALinear(nn.Module, MoRALayer):
@@ -143,12 +213,12 @@ class MoRALinear(nn.Module, MoRALayer):
         MoRALayer.__init__(self, base_layer, **kwargs)
         # While merged: the base weight from before, or where it is quantised a copy of the base layer. In a list, so
         # that it is no part of the state dict.
-        self._unmerged: list[torch.Tensor | nn.Module] = []
+        self._unmerged: list[nn.Parameter | nn.Module] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) + sum over the active adapters of decompress(M compress(dropout(x)))."""
+        """base(x) + sum over the active adapters of decompress(scaling M compress(dropout(x)))."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -161,6 +231,8 @@ class MoRALinear(nn.Module, MoRALayer):
             if adapter_name in self.mora_M:
                 self._refuse_offloaded_training(self.mora_M[adapter_name], x)
                 M = self.mora_M(adapter_name)
+                if (scale := self.scaling[adapter_name]) != 1:
+                    M = M * scale
                 dropped = self.mora_dropout[adapter_name](self._cast_input_dtype(x, M.dtype))
                 result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
         return result.to(dtype)
@@ -173,46 +245,73 @@ class MoRALinear(nn.Module, MoRALayer):
                 "run inference under torch.no_grad()."
             )
 
-    @torch.no_grad()
+    @full_precision()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by its sum with the delta weights of the adapters, summed in float32 or better.
 
+        A result that is not finite is refused, and the layer left as it was.
+
         Args:
-            safe_merge: refuse a result that is not finite, leaving the layer as it was.
+            safe_merge: refuse that in PEFT's words.
             adapter_names: the adapters to merge, all active ones by default; those merged already are left out.
 
         Raises:
-            ValueError: with `safe_merge`, if an adapter makes the weight infinite or NaN.
-            TypeError, ValueError: if the base weight cannot be read as plain numbers.
+            ValueError: as `check_mergeable`.
+            TypeError: as `check_mergeable`.
         """
-        names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.mora_M]
+        names = self.adapters_to_merge(check_adapters_to_merge(self, adapter_names))
+        self.check_mergeable(names, safe_merge)
         if not names:
             return
-        weight = self.get_base_weight()
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for name in names:
-            merged = merged + self.get_delta_weight(name).to(merged.device)
-            if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
-                raise ValueError(broken_adapter_message(name))
         base_layer = self.get_base_layer()
+        with onloaded(base_layer):
+            weight = self.get_base_weight()
+            merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            for name in names:
+                merged = merged + self.get_delta_weight(name).to(merged.device)
+            kept = kept_copy(base_layer) if self.quantization_backend is not None else own_weight(base_layer)
+            self.set_base_weight(merged.to(weight.dtype))
+            keep_bias(self.get_base_layer(), base_layer)
         if not self.merged:
-            # `set_base_weight` gives a plain layer another tensor; what it does to a quantised one differs by backend.
-            self._unmerged = [weight if self.quantization_backend is None else kept_copy(base_layer)]
-        self.set_base_weight(merged.to(weight.dtype))
-        keep_bias(self.get_base_layer(), base_layer)
+            self._unmerged = [kept]
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
+    def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Those of the adapters, the active ones by default, that the layer has and that are not merged into it."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in dict.fromkeys(names) if name in self.mora_M and name not in self.merged_adapters]
+
+    @full_precision()
+    def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge that would be lost, or that would leave NaN or inf, while nothing has been changed.
+
+        Raises:
+            ValueError: naming the layer, and the adapter whose update does not fit.
+            TypeError: if the base weight cannot be read as plain numbers.
+        """
+        if not adapter_names:
+            return
+        if self.quantization_backend is None:
+            refuse_unwritable(self.get_base_layer(), self.layer_name)
+        # The largest entry of a delta weight is one of M, or by rotation made of two.
+        bounds = {name: 2 * float(self._exact_matrix(name).abs().max()) for name in adapter_names}
+        deltas = {name: partial(self.get_delta_weight, name) for name in adapter_names}
+        # Of a quantised weight, take the narrowest of the dtypes into which it can be dequantised.
+        dtype = torch.float16 if self.quantization_backend is not None else self.get_base_weight().dtype
+        refuse_overflow(self.get_base_weight, dtype, deltas, bounds, self.layer_name, safe_merge)
+
+    @full_precision()
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         unmerged = self._unmerged.pop()
-        if isinstance(unmerged, nn.Module):
-            put_back(self.get_base_layer(), unmerged)
-        else:
-            self.set_base_weight(unmerged)
+        with onloaded(self.get_base_layer()):
+            if isinstance(unmerged, nn.Module):
+                put_back(self.get_base_layer(), unmerged)
+            else:
+                give_back_weight(self.get_base_layer(), unmerged)
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -226,7 +325,9 @@ class MoRALinear(nn.Module, MoRALayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoRALinear:
         super()._apply(fn, recurse)
-        self._unmerged = [kept._apply(fn) if isinstance(kept, nn.Module) else fn(kept) for kept in self._unmerged]
+        for kept in self._unmerged:
+            if isinstance(kept, nn.Module):  # a plain weight may be another module's too, and follows when put back
+                kept._apply(fn)
         return self
 
     def __repr__(self) -> str:

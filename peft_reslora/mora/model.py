@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -18,14 +18,21 @@ from peft.utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch.distributed.tensor import DTensor
+
+from peft_reslora.base_weights import merged_or_not, refuse_inseparable, refuse_shared_modules, refuse_unknown, untie
+from peft_reslora.checkpoints import NativeCheckpoints, refuse_adapter_name
+from peft_reslora.fields import oversized, refuse_slow_patterns
+from peft_reslora.precision import full_precision
+from peft_reslora.targets import find_targets, is_plain_linear, refuse_merged
+from peft_reslora.undo import configs_kept, undone_on_failure
 
 from .config import MoRAConfig
-from .layer import MoRALayer, MoRALinear, broken_adapter_message
+from .layer import MoRALayer, MoRALinear
 from .operators import MoRAType
 
 
-class MoRAModel(BaseTuner):
+class MoRAModel(NativeCheckpoints, BaseTuner):
     """A model with MoRA layers (arXiv 2405.12130) in place of its target layers.
 
     Args:
@@ -44,13 +51,29 @@ class MoRAModel(BaseTuner):
         ```
     """
 
+    peft_config: dict[str, MoRAConfig]  # type: ignore[assignment]
     prefix: str = "mora_"
     tuner_layer_cls = MoRALayer
+    stamped_layer_cls = MoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warn_of_an_uncopied_reference(model, adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        with undone_on_failure(self, model, adapter_name):
+            refuse_adapter_name(model, adapter_name, type(self))
+            refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
+            why_not = partial(_why_not, quantization=get_quantization_kwargs(model))
+            targets = find_targets(model, config, self.target_module_mapping, why_not, kwargs.get("state_dict"))
+            for name, layer in targets.layers.items():
+                self._refuse_oversized(config, name, layer)
+            refuse_merged(model, adapter_name)
+            targets.narrow(config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:
         """TRL's trainers (read in 1.16) add a reference with the config of the trained adapter, and copy into it the
@@ -67,31 +90,15 @@ class MoRAModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Refuse what MoRA cannot adapt while the model is still as it was."""
-        faults = []
-        quantization = get_quantization_kwargs(self)
-        modules = dict(model.named_modules())
-        inside: tuple[str, ...] = ()  # what lies inside an adapted layer is no target of its own
-        for name, module in modules.items():
-            if name.startswith(inside):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside += (f"{name}.",)
-            if name and self._check_target_module_exists(peft_config, name):
-                parent_name, _, target_name = name.rpartition(".")
-                self._check_target_module_compatiblity(peft_config, model, target_name)
-                if fault := _unsupported(module, modules[parent_name], quantization):
-                    faults.append(f"{name} ({type(module).__name__}) {fault}")
-        if faults:
-            raise ValueError(
-                "MoRA adapts nn.Linear, Conv1D of transformers and quantised linear layers, but `target_modules` also "
-                f"selects: {'; '.join(faults)}. Name fewer modules there, or add these to `exclude_modules`."
-            )
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
-    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT keeps LoRA off the layers that Mamba's kernels read past their forward, by the name of the method.
-        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+    def _refuse_oversized(self, peft_config: Any, name: str, module: nn.Module) -> None:
+        base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        in_features, out_features = _get_in_out_features(base_layer)
+        pattern = peft_config.rank_pattern or {}
+        r = pattern.get(get_pattern_key(list(pattern), name), peft_config.r)
+        if in_features and out_features and (fault := oversized(r, in_features, out_features)):
+            raise ValueError(f"MoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -108,9 +115,6 @@ class MoRAModel(BaseTuner):
             target.update_layer(adapter_name, r, peft_config)
             return
         quantization = get_quantization_kwargs(self)
-        # Layers chosen by a checkpoint's keys, and not by target_modules, come here unchecked.
-        if fault := _unsupported(target, parent, quantization):
-            raise ValueError(f"MoRA cannot adapt {current_key} ({type(target).__name__}), which {fault}.")
         new_module = MoRALinear(target, adapter_name, r, peft_config, layer_name=current_key, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter does not train until it is set
@@ -122,27 +126,44 @@ class MoRAModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
-        if safe_merge:
-            self._refuse_broken_matrices(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        """As in PEFT, but what cannot be merged is refused before the first layer is changed."""
+        self._check_mergeable(adapter_names, safe_merge)
+        with merged_or_not(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    @full_precision()
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+
+    @full_precision()
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """As in PEFT; with `safe_merge`, a broken adapter is found before the first layer is changed."""
-        if safe_merge:
-            self._refuse_broken_matrices(adapter_names)
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        """As in PEFT, but what cannot be merged is refused before the first layer is changed."""
+        layers = self._check_mergeable(adapter_names, safe_merge)
+        refuse_inseparable(self.model, layers)
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        untie(merged, layers)
+        return merged
 
-    def _refuse_broken_matrices(self, adapter_names: list[str] | None) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, MoRALayer):
-                for name in layer.active_adapters if adapter_names is None else adapter_names:
-                    M = layer.mora_M.get(name)
-                    if M is not None and not M.is_meta and not torch.isfinite(M).all():
-                        raise ValueError(broken_adapter_message(name))
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> dict[str, MoRALinear]:
+        """The layers into which the adapters are merged or are to be, if they can be."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_unknown(names, self.peft_config)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, MoRALinear) and (module.merged or module.adapters_to_merge(names))
+        }
+        refuse_shared_modules(self.model, layers)
+        for layer in layers.values():
+            layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
+        return layers
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT would warn of them before a merge; here they get weights of their own (0.21.2)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -152,43 +173,6 @@ class MoRAModel(BaseTuner):
                 "adapters. Split the batch and call `set_adapter` for each part."
             )
         yield
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Refuse a checkpoint that does not fit the adapter; PEFT would ignore missing and extra entries.
-
-        Raises:
-            ValueError: if matrices are missing, have another shape, or belong to no layer of the model.
-        """
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {
-            f"{name.removeprefix('_fsdp_wrapped_module.')}.mora_M.{adapter_name}": (name, layer)
-            for name, layer in model.named_modules()
-            if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
-        }
-        faults = [f"layer {name} has no matrix" for key, (name, _) in layers.items() if key not in state_dict]
-        known = model.state_dict().keys()
-        for key, value in state_dict.items():
-            if key not in layers:
-                if key not in known and key.removeprefix("base_model.model.") not in known:
-                    faults.append(f"entry {key} belongs to no layer of the model")
-                continue
-            name, layer = layers[key]
-            q = layer.square_size[adapter_name]
-            if value.shape != (q, q):
-                faults.append(
-                    f"layer {name} has a matrix of shape {tuple(value.shape)}, expected {(q, q)} for "
-                    f"r={layer.r[adapter_name]}, mora_type={layer.mora_type[adapter_name]!r}, "
-                    f"{layer.in_features} inputs and {layer.out_features} outputs"
-                )
-        if faults:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: {'; '.join(faults)}. Load it with the config "
-                "and onto the base model it was trained with."
-            )
-        return state_dict
 
 
 @dataclass(frozen=True)
@@ -236,6 +220,7 @@ def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, 
         config: the adapter's config.
         sides: the first dimension of each tensor in the checkpoint, by its key.
     """
+    refuse_slow_patterns(config, [key.removesuffix(".mora_M") for key in sides])
     rows: dict[tuple[str, ...], int] = {}
     for key, q in sides.items():
         if key.endswith(".mora_M"):
@@ -249,20 +234,21 @@ def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, 
     return [header, *((*row, str(count)) for row, count in rows.items())]
 
 
-def _unsupported(module: nn.Module, parent: nn.Module, quantization: dict[str, Any]) -> str | None:
-    """Why MoRA cannot adapt `module`, or None."""
+def _is_split(module: nn.Module) -> bool:
+    """Whether a process computes with a part of the layer only, which PEFT then takes for the whole (0.21.2)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, DTensor) and _get_in_out_features(module) != (weight.shape[1], weight.shape[0])
+
+
+def _why_not(module: nn.Module, quantization: dict[str, Any]) -> str | None:
+    """Why MoRA cannot adapt a layer of this kind, or None."""
     if isinstance(module, MoRALayer):
         return None
     if isinstance(module, BaseTunerLayer):
-        return "already carries an adapter of another method: merge or unload that first"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "is read by nn.MultiheadAttention past its forward, so that an adapter would not train"
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "is read by nn.TransformerEncoderLayer past its forward in evaluation, where an adapter would be ignored: "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
+        return "which already carries an adapter of another method: merge or unload that first"
+    if getattr(module, "_hf_tp_plan", None) is not None or _is_split(module):
+        return "whose weight is split over processes (tensor parallel), of which each would adapt its own part"
     backend = resolve_quantization_backend(module, **quantization)
-    if isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+    if is_plain_linear(module) or (backend is not None and backend.layer_type == "linear"):
         return None
-    return "is no linear layer"
+    return "which is no linear layer"

@@ -17,10 +17,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.calibrate import Batch, calibrate_merge, ready_chains
-from peft_reslora.reslora.merge import shortcut_coefficients, shortcut_estimate
+from peft_reslora.reslora.merge import shortcut_estimate
+from peft_reslora.reslora.variant import restore
 
 
+@full_precision()
 def anneal_shortcuts(
     model: nn.Module, share: float, adapter_name: str = "default", batches: Iterable[Batch] | None = None
 ) -> None:
@@ -53,12 +56,15 @@ def anneal_shortcuts(
         if batches is not None:
             calibrate_merge(model, batches, adapter_name)
         estimates = []
-        for chain in chains:
-            blocks = chain.blocks()
-            coefficients = shortcut_coefficients(blocks, chain.config)
-            estimates += [shortcut_estimate(blocks, n, chain.config, coefficients[n]) for n in range(1, len(blocks))]
+        for merge in [chain.merge() for chain in chains]:
+            estimates += [
+                shortcut_estimate(merge.blocks, n, merge.config, merge.coefficients[n])
+                for n in range(1, len(merge.blocks))
+            ]
         for layer, estimate in zip(linked, estimates, strict=True):
             layer.anneal(adapter_name, estimate, share)
+        for layer in (chain.layers[0] for chain in chains):  # no calibration is left that it could make stale
+            restore(layer.lora_calibrated, adapter_name, None)
 
 
 class ShortcutAnnealing(TrainerCallback):

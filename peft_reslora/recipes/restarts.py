@@ -50,7 +50,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from peft_reslora.export.source import config_in_model
 from peft_reslora.mora import MoRALinear
 from peft_reslora.mora.operators import MoRAType
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.layer import Linear as ResLoRALinear
+from peft_reslora.reslora.linking import chains_of
+from peft_reslora.reslora.variant import planned
 
 RESTARTS_FILE = "restarts.safetensors"
 
@@ -62,6 +65,7 @@ _warmups: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionar
 logger = logging.getLogger(__name__)
 
 
+@full_precision()
 def merge_and_restart(
     model: nn.Module,
     optimizer: Optimizer,
@@ -92,7 +96,7 @@ def merge_and_restart(
                 f"Adapter {adapter_name!r} is not finite on layer {name} and cannot be merged: go back to an earlier "
                 "checkpoint and lower the learning rate."
             )
-    with torch.no_grad():
+    with planned(chains_of(model, adapter_name)):
         for layer in layers.values():  # all before the first factor changes, since ResLoRA reads those of others
             weight = layer.get_base_layer().weight
             weight.add_(layer.get_delta_weight(adapter_name).to(weight.device))
@@ -158,12 +162,17 @@ def check_restartable(model: nn.Module, adapter_name: str = "default") -> None:
         )
     layers = dict(_adapted(model, adapter_name))
     faults = [*_config_faults(config, layers.values(), adapter_name)]
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    uses = Counter(_place(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
         faults += [f"layer {name} {fault}" for fault in _layer_faults(layer, adapter_name, method, uses)]
     if faults:
         shown = [*faults[:5], *([f"and {len(faults) - 5} more of the kind"] if len(faults) > 5 else [])]
         raise ValueError(f"Adapter {adapter_name!r} cannot be merged and restarted: {'; '.join(shown)}.")
+
+
+def _place(weight: torch.Tensor) -> int:
+    """What two names of one weight have in common, also where they are two parameters that share their memory."""
+    return weight.data_ptr() or id(weight)
 
 
 def _config_faults(config: Any, layers: Collection[Any], adapter_name: str) -> Iterator[str]:
@@ -195,6 +204,8 @@ def _layer_faults(layer: Any, adapter_name: str, method: str, uses: Counter[int]
     weight = layer.get_base_layer().weight
     if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         yield "is sharded or offloaded; train with whole weights, on one device or under DDP"
+    elif "weight" not in layer.get_base_layer()._parameters:
+        yield "has a base weight that is computed from other tensors at every use; remove its parametrization first"
     elif type(weight) is not nn.Parameter:
         yield f"has a base weight of type {type(weight).__name__}, to which a merge is rounded; load it unquantised"
     elif rounded := {p.dtype for p in (weight, *_parameters(layer, adapter_name))}.difference(_EXACT_DTYPES):
@@ -202,7 +213,7 @@ def _layer_faults(layer: Any, adapter_name: str, method: str, uses: Counter[int]
             f"has weights in {', '.join(map(str, rounded))}, to which every merge would be rounded; load the base "
             "model in float32 and compute in half precision by bf16=True or fp16=True"
         )
-    if uses[id(weight)] > 1:
+    if uses[_place(weight)] > 1:
         yield "shares its base weight with another module, which a merge would change too; do not target it"
     if layer.merged:
         yield f"has {layer.merged_adapters} merged; call unmerge_adapter first"
@@ -296,6 +307,14 @@ class MergeAndRestartCallback(TrainerCallback, ExportableState):
         """What Trainer keeps in `trainer_state.json`."""
         args = {"every": self.every, "warmup_steps": self.warmup_steps, "adapter_name": self.adapter_name}
         return {"args": args, "attributes": {"last_restart": self.last_restart, "run": self.run}}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint is loaded before its operator is set (`load_base_weights`)."""
+        for _, layer in _adapted(kwargs["model"], self.adapter_name):
+            if isinstance(layer, MoRALinear):
+                layer.restarting.add(self.adapter_name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.chain import reach
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.reslora.merge import widen
@@ -116,6 +117,7 @@ def choose_ridge(fit: Moments, held_out: Moments) -> tuple[float, float]:
     return best
 
 
+@full_precision()
 def calibrate_merge(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -165,8 +167,8 @@ def calibrate_merge(
                 name, (fit, held_out) = sums.popitem()
                 found[name] = _fit(fit, held_out, ridge, name)
     for chain in chains:
-        for name, layer in zip(chain.names[1:], chain.layers[1:], strict=True):
-            layer.store_calibration(adapter_name, found[name][0])
+        for n, layer in enumerate(chain.layers if len(chain.layers) > 1 else ()):
+            layer.store_calibration(adapter_name, found[chain.names[n]][0] if n else None)
         chain.config.merge_estimator = "least_squares"
     return {name: found[name][1] for chain in chains for name in chain.names[1:]}
 

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
+from peft_reslora import fields
+from peft_reslora.reslora.chain import AUTO, BY_NUMBER
 from peft_reslora.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
@@ -28,6 +30,26 @@ _REFUSED_FIELDS: dict[str, tuple[object, ...]] = {
     "megatron_config": (None,),
 }
 _INITS: tuple[object, ...] = (True, False, "gaussian", "orthogonal")
+_CHECKS: dict[str, fields.Check] = {
+    "r": fields.rank,
+    "task_type": fields.task_type,
+    "norm_window": fields.norm_window,
+    "lora_alpha": fields.alpha,
+    "lora_dropout": fields.dropout,
+    "target_modules": fields.names_or_pattern,
+    "exclude_modules": fields.names_or_pattern,
+    "chain_pattern": fields.names_or_pattern,
+    "layers_pattern": fields.names_or_pattern,
+    "layers_to_transform": fields.indices,
+    "layer_replication": fields.replication,
+    "modules_to_save": fields.names,
+    "trainable_token_indices": fields.token_indices,
+    "bias": fields.one_of("none", "all", "lora_only"),
+    "estimate": lambda value: None if value is None else fields.one_of("calibrated", "annealed")(value),
+    "base_model_name_or_path": fields.text,
+    "revision": fields.text,
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag),
+}
 
 
 @dataclass
@@ -74,40 +96,80 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             "models whose blocks are not numbered as in 'layers.3.'; layers that match none are grouped as usual."
         },
     )
+    chain_cuts: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where new chains begin, other than at a new shape: names of layers, or of modules above them. "
+            "'auto', as a new config has it, finds them on the model at injection: where a layer between two others "
+            "is not targeted, where layers stand side by side, where keys and values are shared. The config then "
+            "holds them, so that the adapter keeps its chains. 'by_number' ends chains wherever block numbers are "
+            "not consecutive, as for adapters that version 0.1.0 saved."
+        },
+    )
+
+    estimate: Literal["calibrated", "annealed"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which estimate of the shortcuts the adapter's layers hold, so that a layer has the place for it "
+            "before it is loaded: 'calibrated' by calibrate_merge, 'annealed' by annealing. Set by these, not by you."
+        },
+    )
+    stamped: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the saved tensors of each layer come with a stamp, by which damage and the config of "
+            "another adapter are noticed; those of 0.1.0 do not. Set by saving, not by you."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.chain_cuts is None:
+            # A file of version 0.1.0 has no such field, but its type and PEFT's version, which a new config has not.
+            saved = self.peft_version is not None and self.peft_type == PeftType["RESLORA"]
+            self.chain_cuts = BY_NUMBER if saved else AUTO
+        faults = fields.field_faults(self, _CHECKS, {"rank_pattern": fields.rank, "alpha_pattern": fields.alpha})
+        fields.refuse(self, [*faults, *self._own_faults(), *self._lora_faults()])  # PEFT takes the kinds for granted
+        fields.refuse(self, fields.pattern_faults(self))
         super().__post_init__()
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         self.peft_type = PeftType["RESLORA"]
-        faults = [*self._own_faults(), *self._lora_faults()]
-        if faults:
-            raise ValueError("ResLoRAConfig cannot be used: " + "; ".join(faults) + ".")
 
     def _own_faults(self) -> list[str]:
         faults = []
         for name, known in (("shortcut", get_args(Shortcut)), ("merge_estimator", get_args(MergeEstimator))):
             if (value := getattr(self, name)) not in known:
-                faults.append(f"{name}={value!r} is unknown, choose one of {', '.join(map(repr, known))}")
-        if not isinstance(self.pre_num, int) or self.pre_num == 0 or self.pre_num < -1:
-            faults.append(f"pre_num={self.pre_num!r} must be a positive integer, or -1 for all earlier layers")
+                known_ones = ", ".join(map(repr, known))
+                faults.append(f"{name}={fields.shown(value)} is unknown, choose one of {known_ones}")
+        if (
+            not isinstance(self.pre_num, int)
+            or isinstance(self.pre_num, bool)
+            or self.pre_num == 0
+            or self.pre_num < -1
+        ):
+            faults.append(
+                f"pre_num={fields.shown(self.pre_num)} must be a positive integer, or -1 for all earlier layers"
+            )
         elif self.shortcut == "input" and self.pre_num != 1:
-            faults.append(f"pre_num={self.pre_num} with shortcut='input', which accepts 1 only (Eq. 2)")
-        if not isinstance(self.norm_window, int) or self.norm_window < 1:
-            faults.append(f"norm_window={self.norm_window!r} must be a positive integer")
-        if not isinstance(self.r, int) or self.r < 1:
-            faults.append(f"r={self.r!r} must be a positive integer")
+            faults.append(f"pre_num={fields.shown(self.pre_num)} with shortcut='input', which accepts 1 only (Eq. 2)")
+        cuts = self.chain_cuts
+        if cuts not in (AUTO, BY_NUMBER) and not (isinstance(cuts, list) and all(isinstance(c, str) for c in cuts)):
+            known_ones = f"{AUTO!r}, {BY_NUMBER!r} or a list of names of modules"
+            faults.append(f"chain_cuts={fields.shown(cuts)} must be {known_ones}")
         return faults
 
     def _lora_faults(self) -> list[str]:
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         faults = [
-            f"{name}={value!r} changes what a LoRA block computes and is not supported with shortcuts, leave it unset"
+            f"{name}={fields.shown(value)} changes what a LoRA block computes and is not supported with shortcuts, "
+            "leave it unset"
             for name, harmless in _REFUSED_FIELDS.items()
             if name in known and (value := getattr(self, name)) not in harmless
         ]
         if self.init_lora_weights not in _INITS:
             faults.append(
-                f"init_lora_weights={self.init_lora_weights!r} changes the base weight or needs its own preparation, "
-                f"choose one of {', '.join(map(repr, _INITS))}"
+                f"init_lora_weights={fields.shown(self.init_lora_weights)} changes the base weight or needs its own "
+                f"preparation, choose one of {', '.join(map(repr, _INITS))}"
             )
         elif self.init_lora_weights == "orthogonal" and self.shortcut == "middle":
             faults.append(

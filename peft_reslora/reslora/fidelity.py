@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.calibrate import Batch, masks_of, observed, ready_chains, to_device, tokens_of
 from peft_reslora.reslora.chain import format_table
 from peft_reslora.reslora.config import MergeEstimator
 from peft_reslora.reslora.layer import Linear, ResLoRALayer
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact, shortcut_coefficients, shortcut_estimate, widen
-from peft_reslora.reslora.variant import Chain, restore, stored
+from peft_reslora.reslora.variant import Chain, planned, restore, stored
 
 EXACT = "exact"
 
@@ -104,6 +105,7 @@ class MergeReport:
         figure.savefig(path, dpi=150, format="png")
 
 
+@full_precision()
 def merge_report(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -125,7 +127,8 @@ def merge_report(
 
     Raises:
         ValueError: for an unknown estimator or a single one without its data, if the adapter is merged or inactive, if
-            there are no batches, or if the model's output has no logits.
+            there are no batches or nothing but padding in them, if the model's output has no logits or NaN in them, or
+            if a merged weight would not be finite (that of several estimators is listed as unavailable).
     """
     chains = ready_chains(model, adapter_name)
     wanted = [estimators] if isinstance(estimators, str) else list(estimators or get_args(MergeEstimator))
@@ -143,14 +146,15 @@ def merge_report(
             unavailable[name] = str(error)
     layers = [layer for chain in chains for layer in chain.layers]
     rounded = all(layer.active_adapters == [adapter_name] and _restores_weight(layer) for layer in layers)
-    costs = _measure(model, batches, chains, estimates, rounded)
+    single = exact or isinstance(estimators, str)
+    costs = _measure(model, batches, chains, estimates, rounded, None if single else unavailable)
     return MergeReport(adapter_name, chains[0].config.shortcut, rounded, costs, unavailable)
 
 
 def _restores_weight(layer: ResLoRALayer) -> bool:
     """Whether merging and unmerging leaves the base weight as it was, bit for bit."""
-    weight = layer.get_base_layer().weight
-    return type(layer) is Linear and weight.is_floating_point() and not weight.is_meta
+    weight = layer.get_base_layer()._parameters.get("weight")
+    return type(layer) is Linear and weight is not None and weight.is_floating_point() and not weight.is_meta
 
 
 Estimates = dict[str, torch.Tensor]  # E_n (r, in_features) by layer; none for the first of a chain, which is exact
@@ -174,31 +178,53 @@ def _measure(
     chains: Sequence[Chain],
     estimates: Mapping[str, Estimates],
     merge: bool,
+    unavailable: dict[str, str] | None,
 ) -> dict[str, MergeCost]:
-    """One pass over `batches`, each of which runs unmerged and then merged by every estimator."""
+    """One pass over `batches`, each of which runs unmerged and then merged by every estimator.
+
+    An estimator whose merge cannot be computed goes into `unavailable`, or raises if that is None.
+    """
     layers = [(chain, n) for chain in chains for n in range(1, len(chain.layers)) if chain.config.shortcut != "block"]
     cores = {chain.names[n]: _core(chain, n) for chain, n in layers}
     sums = {estimator: _Sums() for estimator in estimates}
 
     def see(name: str, x: torch.Tensor, own: torch.Tensor, term: torch.Tensor, sequence: torch.Tensor) -> None:
         unmerged = ((own + term) @ cores[name]).double().square().sum()
-        for estimator, E in estimates.items():
-            missed = ((term - x @ E[name].to(x).t()) @ cores[name]).double().square().sum()
-            sums[estimator].add_layer(name, missed, unmerged)
+        for estimator, total in sums.items():
+            missed = ((term - x @ estimates[estimator][name].to(x).t()) @ cores[name]).double().square().sum()
+            total.add_layer(name, missed, unmerged)
 
     with observed(model, layers, see) as run:
         for batch in batches:
-            expected, keep = _output(run(batch), batch)
-            for estimator in estimates:
-                with _merged(chains, estimates[estimator], merge):
-                    actual, _ = _output(model(**to_device(batch, model)), batch)
-                sums[estimator].add_output(expected, actual, keep)
-    if estimates and not next(iter(sums.values())).sequences:
-        raise ValueError("merge_report got no batches. Pass a list of batches, each with what the model takes.")
+            expected, keep = _output(run(batch), batch, "unmerged")
+            for estimator in list(sums) if keep.any() else ():
+                try:
+                    with _merged(chains, estimates[estimator], merge):
+                        actual, _ = _output(model(**to_device(batch, model)), batch, f"merged ({estimator})")
+                    sums[estimator].add_output(expected, actual, keep)
+                except ValueError as error:
+                    if unavailable is None or len(sums) == 1:
+                        raise
+                    unavailable[estimator] = str(error)
+                    del sums[estimator]
+    _refuse_nothing(sums.values())
+    names = _in_order(model, chains)
+    return {estimator: total.cost(names) for estimator, total in sums.items()}
+
+
+def _in_order(model: nn.Module, chains: Sequence[Chain]) -> list[str]:
+    """The names of all layers, in the model's order."""
     order = {id(layer): depth for depth, layer in enumerate(model.modules())}
     members = [(layer, name) for chain in chains for layer, name in zip(chain.layers, chain.names, strict=True)]
-    names = [name for layer, name in sorted(members, key=lambda member: order[id(member[0])])]
-    return {estimator: total.cost(names) for estimator, total in sums.items()}
+    return [name for layer, name in sorted(members, key=lambda member: order[id(member[0])])]
+
+
+def _refuse_nothing(sums: Iterable[_Sums]) -> None:
+    if any(total.rows == 0 for total in sums):
+        raise ValueError(
+            "merge_report got no batches, or nothing but padding in them (attention_mask 0 everywhere). Pass a list "
+            "of batches, each with what the model takes."
+        )
 
 
 def _core(chain: Chain, n: int) -> torch.Tensor:
@@ -218,9 +244,10 @@ def _merged(chains: Sequence[Chain], estimates: Estimates, merge: bool) -> Itera
                     before.append((buffers, chain.adapter_name, stored(buffers, chain.adapter_name)))
                 if name in estimates:
                     layer.anneal(chain.adapter_name, estimates[name], 1.0)
-        for chain in chains if merge else ():
-            for layer in chain.layers:
-                layer.merge(adapter_names=[chain.adapter_name])
+        with planned(chains):
+            for chain in chains if merge else ():
+                for layer in chain.layers:
+                    layer.merge(adapter_names=[chain.adapter_name])
         yield
     finally:
         for chain in chains:
@@ -237,8 +264,12 @@ class _Output:
     loss: float | None
 
 
-def _output(output: Any, batch: Batch) -> tuple[_Output, torch.Tensor]:
-    """Logits and loss, and which rows of the logits are no padding."""
+def _output(output: Any, batch: Batch, which: str) -> tuple[_Output, torch.Tensor]:
+    """Logits and loss, and which rows of the logits are no padding.
+
+    Raises:
+        ValueError: if there are no logits, or NaN or +inf in those of the `which` model; -inf is a class ruled out.
+    """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.shape[-1] < 2:
         found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
@@ -247,7 +278,14 @@ def _output(output: Any, batch: Batch) -> tuple[_Output, torch.Tensor]:
             f"classes), but the model returned {found}. Use a model with a classification or language modelling head."
         )
     loss = getattr(output, "loss", None)
-    return _Output(logits, None if loss is None else float(loss)), tokens_of(logits, masks_of(batch))[0]
+    keep = tokens_of(logits, masks_of(batch))[0]
+    rows = logits.flatten(0, -2)[keep]
+    if (rows.isnan() | rows.isposinf()).any():
+        raise ValueError(
+            f"The logits of the {which} model hold NaN or inf, so that nothing can be compared. Look for an overflow: "
+            "run the model in float32 or bfloat16."
+        )
+    return _Output(logits, None if loss is None else float(loss)), keep
 
 
 class _Sums:
@@ -256,23 +294,21 @@ class _Sums:
     def __init__(self) -> None:
         self.layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.kl = self.kept = self.before = self.after = 0.0
-        self.rows = self.sequences = 0
-        self.with_loss = True
+        self.rows = self.with_loss = 0
 
     def add_layer(self, name: str, missed: torch.Tensor, unmerged: torch.Tensor) -> None:
         total = self.layers.get(name)
         self.layers[name] = (missed, unmerged) if total is None else (total[0] + missed, total[1] + unmerged)
 
     def add_output(self, expected: _Output, actual: _Output, keep: torch.Tensor) -> None:
-        p, q = (F.log_softmax(o.logits.flatten(0, -2)[keep].float(), dim=-1) for o in (expected, actual))
-        self.kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        p, q = (F.log_softmax(o.logits.flatten(0, -2)[keep], dim=-1, dtype=torch.float64) for o in (expected, actual))
+        self.kl += float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum())
         self.kept += int((p.argmax(-1) == q.argmax(-1)).sum())
         self.rows += len(p)
-        sequences = len(expected.logits)
-        self.sequences += sequences
-        if expected.loss is None or actual.loss is None:
-            self.with_loss = False
-        else:
+        # The loss of a batch without a single label is NaN.
+        if expected.loss is not None and actual.loss is not None and math.isfinite(expected.loss):
+            sequences = len(expected.logits)
+            self.with_loss += sequences
             self.before += sequences * expected.loss
             self.after += sequences * actual.loss
 
@@ -282,5 +318,5 @@ class _Sums:
             layers={name: math.sqrt(m / u) if u else 0.0 for name in names for m, u in [errors.get(name, (0.0, 0.0))]},
             kl=max(0.0, self.kl / self.rows),
             agreement=self.kept / self.rows,
-            loss=(self.before / self.sequences, self.after / self.sequences) if self.with_loss else None,
+            loss=(self.before / self.with_loss, self.after / self.with_loss) if self.with_loss else None,
         )

@@ -6,8 +6,13 @@ subclass of the same name made here.
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +22,19 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import transpose
 from torch import nn
 
+from peft_reslora.base_weights import (
+    computed_weight,
+    give_back_weight,
+    own_weight,
+    refuse_overflow,
+    refuse_unwritable,
+)
+from peft_reslora.offloading import held_tensor, onloaded
+from peft_reslora.precision import full_precision
 from peft_reslora.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
-from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch
-from peft_reslora.reslora.variant import Chain, ResLoRAVariant, is_transformed, unseen_by_modes
+from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
+from peft_reslora.reslora.variant import Chain, ResLoRAVariant, is_transformed, restore, stored, unseen_by_modes
+from peft_reslora.stamps import StampedLayer
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
 # TransformerEngine, embeddings, convolutions, attention, parameters) would train plain LoRA and are refused.
@@ -39,19 +54,46 @@ BUFFERS = ("lora_norm", *SHORTCUT_PARTS)
 
 
 class Float32Buffers(BufferDict):
-    """Buffers that follow the model to its device but keep their dtype when it is cast."""
+    """Buffers that follow the model to its device but keep their dtype when it is cast.
+
+    `empty` is what they hold when nothing has been recorded or loaded, and again after `to_empty`, which keeps no
+    numbers.
+    """
+
+    def __init__(self, empty: float = math.nan) -> None:
+        super().__init__(persistent=True)
+        self.empty = empty
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float32Buffers:
-        dtypes = {name: buffer.dtype for name, buffer in self.items()}
+        if not len(self):
+            return self
         originals = dict(self.items())
+        keeps_numbers = _keeps_numbers(fn)
         super()._apply(fn, recurse)
         for name, buffer in list(self.items()):
-            if buffer.dtype != dtypes[name]:
-                self[name] = originals[name].to(buffer.device)
+            original = originals[name]
+            if not buffer.is_meta and (original.is_meta or not keeps_numbers):
+                self[name] = torch.full_like(buffer, self.empty, dtype=original.dtype)
+            elif buffer.dtype != original.dtype:
+                self[name] = original.to(buffer.device)
         return self
 
 
-class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]
+def _keeps_numbers(fn: Any) -> bool:
+    """Whether what is applied to a module's tensors keeps their numbers, as a move does and `to_empty` does not.
+
+    Tried on ones and zeros that no earlier call had, so that they are in no memory that is handed out again.
+    """
+    bits = Random(next(_calls)).getrandbits(64)
+    probe = torch.tensor([float(bits >> n & 1) for n in range(64)])
+    result = fn(probe.clone())
+    return result.is_meta or torch.equal(result.cpu().float(), probe)
+
+
+_calls = itertools.count()
+
+
+class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]
     """What ResLoRA adds to one of PEFT's LoRA layers. Adapters without a chain here stay plain LoRA.
 
     At run time a plain class, since the class of an object can only be changed to one of the same layout.
@@ -61,8 +103,8 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
     lora_shortcut: BufferDict  # by adapter, where it has one: C_n (r, in_features), the shortcut's term from x_n
     lora_calibrated: BufferDict  # by adapter: the sketch of the factors for which C_n was fitted
     lora_annealed: BufferDict  # by adapter: the share t () of the shortcut whose place C_n has taken in the forward
-    kept_base_weights: dict[str, torch.Tensor]  # by adapter: the base weight before it was merged
-    kept_base_layer: list[nn.Module]  # while merged, where it is quantised: a copy of the base layer from before
+    # While merged: the base layer's weight from before; where it is quantised, a copy of the base layer.
+    kept_base: list[nn.Parameter | nn.Module]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies and pickles: the copied layer enters itself into the copies of its chains."""
@@ -70,6 +112,13 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         for variant in self.lora_variant.values():
             if isinstance(variant, ResLoRAVariant):
                 variant.chain.enter(variant.position, self)
+
+    # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
+    # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
+    stamp_name = "lora_magnitude_vector"
+    part_names = ("lora_A", "lora_B", *BUFFERS)
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, stamp_name)
 
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
         variant = self.lora_variant.get(adapter_name)
@@ -82,6 +131,56 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
             device = self.lora_A[adapter_name].weight.device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
             self.lora_norm[adapter_name] = window
+        awaited = chain.config.estimate if chain.config.shortcut != "block" else None
+        if position == 0 and (awaited == "annealed" or len(chain) == 1):
+            awaited = None  # the first layer's merge is exact; a calibration notes its factors
+        if awaited is not None:
+            self.make_room_for_estimate(adapter_name, awaited)
+        if chain.config.stamped or awaited is not None:
+            self.await_stamp(adapter_name)
+
+    def make_room_for_estimate(self, adapter_name: str, estimate: str) -> None:
+        """Buffers for an estimate that is to be loaded, without numbers until then."""
+        weight = self.lora_A[adapter_name].weight
+        shapes = {"lora_shortcut": tuple(weight.shape), "lora_calibrated": (2 * weight.shape[0],), "lora_annealed": ()}
+        del shapes["lora_calibrated" if estimate == "annealed" else "lora_annealed"]
+        place = self.chain_of(adapter_name)
+        if place is not None and place[1] == 0:
+            del shapes["lora_shortcut"]
+        for name, shape in shapes.items():
+            buffers: Float32Buffers = getattr(self, name)
+            buffers[adapter_name] = torch.full(shape, buffers.empty, device=weight.device, dtype=torch.float32)
+
+    def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
+        factors = {name: getattr(self, name)[adapter_name].weight for name in ("lora_A", "lora_B")}
+        return factors | {name: stored(getattr(self, name), adapter_name) for name in BUFFERS}
+
+    def computation(self, adapter_name: str) -> str:
+        place = self.chain_of(adapter_name)
+        if place is None:
+            return "no shortcut"
+        chain, position = place
+        r, config = self.r[adapter_name], chain.config
+        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
+        return (
+            f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
+            "chain"
+        )
+
+    def layer_title(self, adapter_name: str) -> str:
+        place = self.chain_of(adapter_name)
+        return "without a name" if place is None else place[0].names[place[1]]
+
+    def awaits_estimate(self, adapter_name: str) -> bool:
+        share = stored(self.lora_annealed, adapter_name)
+        return share is not None and not share.is_meta and bool(share.isnan())
+
+    def check_loaded(self, adapter_name: str) -> None:
+        super().check_loaded(adapter_name)
+        sketch = stored(self.lora_calibrated, adapter_name)
+        if sketch is not None and not sketch.is_meta and sketch.isnan().all():  # a calibration that was not loaded
+            for buffers in (self.lora_shortcut, self.lora_calibrated):
+                restore(buffers, adapter_name, None)
 
     @torch.no_grad()
     def record_norm(self, adapter_name: str, x: torch.Tensor) -> None:
@@ -97,20 +196,24 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
             norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
             window.copy_(torch.cat((window[1:], (norm / math.sqrt(x.numel())).reshape(1).float())))
 
-    def store_calibration(self, adapter_name: str, shortcut: torch.Tensor) -> None:
-        """Keep C_n, with a sketch of the factors that it belongs to."""
+    def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
+        """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""
         A, B = self.lora_A[adapter_name].weight.detach(), self.lora_B[adapter_name].weight.detach()
-        self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
+        if shortcut is not None:
+            self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)
+        self.lora_variant[adapter_name].chain.config.estimate = "calibrated"
 
     def anneal(self, adapter_name: str, estimate: torch.Tensor, share: float) -> None:
         """Let `estimate`, E_n, take the `share` t of the shortcut's place in the forward pass from now on."""
         device = self.lora_A[adapter_name].weight.device
         self.lora_shortcut[adapter_name] = estimate.to(device, torch.float32)
-        self.lora_annealed[adapter_name] = torch.tensor(share, device=device)
+        self.lora_annealed[adapter_name] = torch.tensor(share, device=device, dtype=torch.float32)
         if adapter_name in self.lora_calibrated:
             del self.lora_calibrated[adapter_name]
+        self.lora_variant[adapter_name].chain.config.estimate = "annealed"
 
+    @full_precision()
     def merged_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of the merged update B @ A, scaling included.
 
@@ -128,6 +231,16 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         chain, position = place
         return chain.merged_factors(position)
 
+    def merges_exactly(self, adapter_name: str) -> bool:
+        """Whether the merge of this layer computes what its forward pass does, see `layer_is_exact`."""
+        place = self.chain_of(adapter_name)
+        if place is None:
+            return True
+        chain, position = place
+        blocks = chain.blocks() if chain.planned is None else chain.planned.blocks
+        return layer_is_exact(blocks, position, chain.config)
+
+    @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""
         if self.chain_of(adapter) is None:
@@ -135,7 +248,7 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         A, B = self.merged_factors(adapter)
         return transpose(B @ A, self.fan_in_fan_out).to(self.lora_B[adapter].weight.dtype)
 
-    def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool) -> torch.Tensor:
+    def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
         """`weight` plus the merged delta weight, rounded once."""
         A, B = self.merged_factors(adapter_name)
         left, right = (A.t(), B.t()) if self.fan_in_fan_out else (B, A)
@@ -144,52 +257,123 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
             return weight.add_((left @ right).to(weight.device))
         return weight.addmm_(left, right) if in_place else torch.addmm(weight, left, right)
 
-    def keep_base_weight(self, adapter_name: str) -> None:
-        """Remember the weight before a merge, so that unmerging gives it back bit for bit.
-
-        A merge writes a new tensor, so this costs one reference, and the memory of one weight while merged. Of
-        quantised layers, `merge` keeps a copy.
-        """
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if type(self) is Linear and weight is not None and weight.is_floating_point():
-            self.kept_base_weights[adapter_name] = weight.data
-
+    @full_precision()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As in PEFT; a quantised layer is kept as it was before, so that unmerging gives it back bit for bit."""
-        self._refuse_repacked()
+        """As in PEFT, but refused before anything is changed, and undone by `unmerge` bit for bit."""
+        before = list(self.merged_adapters)
+        names = self.adapters_to_merge(adapter_names)
+        if not any(chain.merges_checked for chain in self._chains(names)):
+            self.check_mergeable(names, safe_merge)
         base_layer = self.get_base_layer()
-        places = [self.chain_of(name) for name in adapter_names or self.active_adapters]
-        keep = any(place is not None and place[0].keeps_base_weights for place in places)
-        if type(self) is not Linear and keep and not self.merged:
-            self.kept_base_layer.append(kept_copy(base_layer))
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        keep_bias(self.get_base_layer(), base_layer)
+        with onloaded(base_layer):
+            kept = self._keep_base(names)
+            try:
+                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            except BaseException:
+                self._put_back(kept)
+                self.merged_adapters[:] = before
+                raise
+            keep_bias(self.get_base_layer(), base_layer)
+        if self._keeps_base(names) and not before:
+            self.kept_base += kept
 
+    @full_precision()
     def unmerge(self) -> None:
-        """As in PEFT; a quantised layer is put back as it was, not subtracted from."""
-        if not self.kept_base_layer:
-            super().unmerge()
-            return
-        put_back(self.get_base_layer(), self.kept_base_layer.pop())
+        """As in PEFT, but the base layer is put back as it was, not subtracted from."""
+        with onloaded(self.get_base_layer()):
+            if not self.kept_base:
+                super().unmerge()
+                return
+            self._put_back(self.kept_base)
+        self.kept_base.clear()
         self.merged_adapters.clear()
 
-    def _refuse_repacked(self) -> None:
-        places = (self.chain_of(adapter_name) for adapter_name in self.lora_A)
-        name = next((place[0].names[place[1]] for place in places if place is not None), "without a name")
-        refuse_repacked(self.get_base_layer(), name)
+    def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Those of the adapters, the active ones by default, that the layer has and that are not merged into it."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in dict.fromkeys(names) if name in self.lora_A and name not in self.merged_adapters]
 
+    def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge that would be lost, or that would leave NaN or inf, while nothing has been changed.
+
+        Raises:
+            ValueError: naming the layer, and the adapter whose update does not fit.
+            TypeError: if the base weight cannot be read as plain numbers.
+        """
+        name, base_layer, is_plain = self.layer_name, self.get_base_layer(), type(self) is Linear
+        refuse_repacked(base_layer, name)
+        if adapter_names and is_plain:
+            refuse_unwritable(base_layer, name)
+        if any(self.lora_bias.get(adapter_name) for adapter_name in adapter_names):
+            raise ValueError(f"An adapter with lora_bias=True cannot be merged into the ResLoRA layer {name!r}.")
+        bounds = {adapter_name: self._largest_update(adapter_name) for adapter_name in adapter_names}
+        # Of a quantised weight, take the narrowest of the dtypes into which it can be dequantised.
+        dtype = base_layer.weight.dtype if is_plain and adapter_names else torch.float16
+        deltas = {n: partial(self.get_delta_weight, n) for n in adapter_names}
+        refuse_overflow(self._base_weight, dtype, deltas, bounds, name, safe_merge)
+
+    def _largest_update(self, adapter_name: str) -> float:
+        """A bound on the entries of the delta weight: |b_i . a_j| <= |b_i| |a_j|."""
+        place = self.chain_of(adapter_name)
+        if place is None:
+            return float(self.get_delta_weight(adapter_name).abs().max())
+        A, B = place[0].merge().factors(place[1])
+        return float(torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max())
+
+    def _keeps_base(self, adapter_names: Sequence[str]) -> bool:
+        return all(chain.keeps_base_weights for chain in self._chains(adapter_names))
+
+    def _chains(self, adapter_names: Iterable[str]) -> list[Chain]:
+        return [place[0] for place in map(self.chain_of, adapter_names) if place is not None]
+
+    def _keep_base(self, adapter_names: Sequence[str]) -> list[nn.Parameter | nn.Module]:
+        """What `_put_back` needs; a plain base layer gets a weight of its own to merge into."""
+        base_layer = self.get_base_layer()
+        if not adapter_names:
+            return []
+        if type(self) is not Linear:
+            return [kept_copy(base_layer)] if self._keeps_base(adapter_names) else []
+        held = own_weight(base_layer)
+        if any(self.chain_of(name) is None for name in adapter_names):  # PEFT writes plain LoRA into the weight itself
+            base_layer.weight.data = base_layer.weight.data.clone()
+        return [held]
+
+    def _put_back(self, kept: Sequence[nn.Parameter | nn.Module]) -> None:
+        for base in kept:
+            if isinstance(base, nn.Module):
+                put_back(self.get_base_layer(), base)
+            else:
+                give_back_weight(self.get_base_layer(), base)
+
+    @property
+    def layer_name(self) -> str:
+        """For messages: the layer's name in the base model."""
+        places = map(self.chain_of, self.lora_A)
+        return next((place[0].names[place[1]] for place in places if place is not None), "without a name")
+
+    def _base_weight(self) -> torch.Tensor:
+        """The base layer's weight as it is now, in its own orientation, dequantised or computed."""
+        base_layer = self.get_base_layer()
+        if type(self) is not Linear:
+            return dequantised_weight(base_layer)
+        if "weight" in base_layer._parameters:
+            return held_tensor(base_layer, "weight").detach()
+        return transpose(computed_weight(base_layer), self.fan_in_fan_out)
+
+    @full_precision()
     def unmerged_base_weight(self) -> torch.Tensor:
         """W_n `(out_features, in_features)` without any adapter, dequantised."""
-        self._refuse_repacked()
-        if self.kept_base_layer or not self.merged_adapters:
-            weight = dequantised_weight(*(self.kept_base_layer or [self.get_base_layer()]))
-        elif self.merged_adapters[0] in self.kept_base_weights:
-            weight = self.kept_base_weights[self.merged_adapters[0]]
+        refuse_repacked(self.get_base_layer(), self.layer_name)
+        if not self.merged_adapters:
+            weight = self._base_weight()
+        elif self.kept_base:
+            kept = self.kept_base[0]
+            weight = dequantised_weight(kept) if isinstance(kept, nn.Module) else kept.detach()
         else:
             raise ValueError(
-                f"Adapter {self.merged_adapters[0]!r} is already merged into a layer whose base weight was not kept, "
-                "so merge_estimator='weight_norm' cannot be computed. Merge all layers in one call of merge_adapter "
-                "or merge_and_unload."
+                f"Adapter {self.merged_adapters[0]!r} is already merged into layer {self.layer_name!r}, whose base "
+                "weight was not kept, so merge_estimator='weight_norm' cannot be computed. Merge all layers in one "
+                "call of merge_adapter or merge_and_unload."
             )
         return transpose(weight, self.fan_in_fan_out)
 
@@ -204,9 +388,19 @@ class ResLoRALayer(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc
         return True
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            warnings.warn(
+                f"Adapter {adapter_name!r} is merged into layer {self.layer_name!r}, which is unmerged to delete it.",
+                stacklevel=2,
+            )
+            self.unmerge()
         super().delete_adapter(adapter_name)
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Leave the chain, and what was recorded in it, as if the adapter were new."""
         self.lora_variant.pop(adapter_name, None)
-        self.kept_base_weights.pop(adapter_name, None)
+        self.forget_stamp(adapter_name)
         for buffers in (getattr(self, name) for name in BUFFERS):
             if adapter_name in buffers:
                 del buffers[adapter_name]
@@ -260,6 +454,6 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
         )
     module.__class__ = _subclass(kind.__name__)
     for buffers in BUFFERS:
-        setattr(module, buffers, Float32Buffers(persistent=True))
-    module.__dict__["kept_base_weights"] = {}  # plain, not a submodule
-    module.__dict__["kept_base_layer"] = []
+        setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
+    module.lora_magnitude_vector = BufferDict(persistent=True)
+    module.__dict__["kept_base"] = []  # plain, not a submodule

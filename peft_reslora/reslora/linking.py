@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_reslora.reslora.chain import ChainTable, Target, find_chains
+from peft_reslora.fields import oversized, refuse_slow_patterns
+from peft_reslora.names import bare_name
+from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
+from peft_reslora.reslora.cuts import cuts_of, cuts_to_keep, find_cuts, is_new, refuse_moved_rows
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.relay import add_doorway
 from peft_reslora.reslora.variant import Chain
+from peft_reslora.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
 _REFUSED_BASE_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -31,8 +33,13 @@ _REFUSED_BASE_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAtten
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
     """The chains of one adapter, found on the layers themselves."""
+    return chains_among(model.modules(), adapter_name)
+
+
+def chains_among(modules: Iterable[nn.Module], adapter_name: str) -> list[Chain]:
+    """The chains of one adapter to which any of the modules belongs."""
     found: dict[int, Chain] = {}
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, ResLoRALayer) and (place := module.chain_of(adapter_name)) is not None:
             found.setdefault(id(place[0]), place[0])
     return list(found.values())
@@ -40,98 +47,181 @@ def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
 
 def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> None:
     """Find the chains of an injected adapter and tell each layer its place."""
-    table = find_injected_chains(model, config, adapter_name)
+    targets = _targets_of(model, adapter_name)
+    if new := is_new(config):
+        config.chain_cuts = cuts_to_keep(model, config, targets)
+    table = _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
     layers = dict(_adapted_layers(model, adapter_name))
-    for targets in table.chains:
-        names = [target.name for target in targets]
-        doorways = [add_doorway(module) for module in _holding_all(model, names)]
-        chain = Chain(names, [layers[name] for name in names], adapter_name, config, doorways)
+    paths = {module: name for name, module in model.named_modules()}
+    for chained in table.chains:
+        names = [target.name for target in chained]
+        members = [layers[name] for name in names]
+        doorways = [add_doorway(module) for module in _holding_all(model, [paths[layer] for layer in members])]
+        chain = Chain(names, members, adapter_name, config, doorways)
         for position, layer in enumerate(chain.layers):
             layer.link(adapter_name, chain, position)
-    if layers and not table.num_links:
-        doubled = ", at twice the scaling" if config.shortcut == "input" else ""
+    _warn_of_lone_layers(adapter_name, config, table, new)
+
+
+def _warn_of_lone_layers(adapter_name: str, config: ResLoRAConfig, table: ChainTable, new: bool) -> None:
+    """Say so if no layer is linked; or, of a new adapter, if layers that are not have twice the scaling."""
+    lone = [chain[0].name for chain in table.chains if len(chain) == 1]
+    total = sum(len(chain) for chain in table.chains)
+    doubled = ", at twice the scaling" if config.shortcut == "input" else ""
+    if total and not table.num_links:
         warnings.warn(
-            f"Adapter {adapter_name!r} has no shortcut at all: none of its {len(layers)} layers is linked to another, "
+            f"Adapter {adapter_name!r} has no shortcut at all: none of its {total} layers is linked to another, "
             f"so it trains plain LoRA{doubled}. See describe_chains(model) for the reasons, or set chain_pattern.",
-            stacklevel=2,
+            stacklevel=3,
+        )
+    elif new and lone and doubled:
+        warnings.warn(
+            f"{len(lone)} of the {total} layers of adapter {adapter_name!r} are linked to no other and train plain "
+            f"LoRA{doubled}: {', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}. Leave them out with "
+            "exclude_modules, or see describe_chains(model).",
+            stacklevel=3,
         )
 
 
-def _holding_all(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def _holding_all(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
     """The modules that hold a whole chain and can be called, from `model` down; of a single layer, `model` alone."""
-    paths = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
-    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
+    parts = [path.split(".")[:-1] for path in paths] if len(paths) > 1 else [[]]
+    shared = [same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))]
     modules = [model.get_submodule(".".join(shared[:depth])) for depth in range(len(shared) + 1)]
     return [module for module in modules if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
 
 
 def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> ChainTable:
     """The chains of an adapter that is in the model."""
-    targets = [
+    targets = _targets_of(model, adapter_name)
+    cuts = cuts_of(config, targets)
+    reasons = find_cuts(model, targets, config.chain_pattern)
+    explained = {name: reasons.get(name, reason) for name, reason in cuts.items()}
+    return find_chains(targets, *chain_settings(config), explained)
+
+
+def _targets_of(model: nn.Module, adapter_name: str) -> list[Target]:
+    return [
         Target(name, layer.in_features, layer.out_features, layer.r[adapter_name])
         for name, layer in _adapted_layers(model, adapter_name)
     ]
-    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+
+
+@contextmanager
+def combined_cuts(model: nn.Module, configs: Mapping[str, ResLoRAConfig], adapters: Sequence[str]) -> Iterator[None]:
+    """Let the config of the first adapter, which PEFT copies for a combination, hold the cuts of the combination.
+
+    Raises:
+        ValueError: if the adapters link the same layers in different ways, which one adapter cannot.
+    """
+    chains = dict.fromkeys(tuple(chain.names) for name in adapters for chain in chains_of(model, name))
+    _refuse_other_layers([configs[name] for name in adapters if name in configs])
+    found = [target for name in adapters for target in _targets_of(model, name)]
+    targets = list({target.name: target for target in found}.values())
+    first = configs.get(adapters[0]) if adapters else None
+    if first is None:
+        yield  # PEFT says that there is no such adapter
+        return
+    cuts = {names[0]: "a chain begins here in one of the adapters" for names in chains}
+    table = find_chains(targets, *chain_settings(first), cuts)
+    made = {tuple(target.name for target in chain) for chain in table.chains}
+    if unlike := [names for names in chains if names not in made]:
+        raise ValueError(
+            f"The adapters {list(adapters)} link their layers in different ways: the chain of {len(unlike[0])} layers "
+            f"from {unlike[0][0]!r} to {unlike[0][-1]!r} is in one of them only, so one adapter cannot hold them all. "
+            "Export each with save_as_lora and combine those."
+        )
+    kept = first.chain_cuts
+    first.chain_cuts = shortest_cuts({link.after for link in table.missing if link.after in cuts}, table)
+    try:
+        yield
+    finally:
+        first.chain_cuts = kept
+
+
+def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
+    """PEFT gives a combination the first adapter's layers where these fields say which (read in 0.21.2)."""
+    for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        chosen = [getattr(config, field) for config in configs]
+        if any(other != chosen[0] for other in chosen):
+            raise ValueError(
+                f"The adapters have different {field}, {chosen}, and the combination would have the layers of the "
+                "first only. Choose layers with target_modules alone, or export each with save_as_lora and combine "
+                "those."
+            )
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ResLoRALayer) and adapter_name in module.lora_A:
-            yield name.removeprefix("base_model.model."), module
+            yield bare_name(name, model).removeprefix("base_model.model."), module
 
 
-def find_chains_before_injection(model: nn.Module, config: ResLoRAConfig) -> ChainTable:
-    """The chains that `config` would make of `model`, which is not changed.
+def find_chains_before_injection(
+    model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module] | None = None
+) -> ChainTable:
+    """The chains that `config` would make of `model`, which is not changed; of its target layers, or of `layers`.
 
     Raises:
-        ValueError: naming target layers that ResLoRA cannot adapt.
+        ValueError: naming target layers that ResLoRA cannot adapt, or chains that cannot be computed.
     """
-    targets, refused = [], []
-    for name, layer in _targeted_layers(model, config):
-        if isinstance(layer, _REFUSED_BASE_LAYERS):
-            refused.append(f"{name} ({type(layer).__name__})")
-            continue
-        in_features, out_features = _get_in_out_features(layer)
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    targets = []
+    refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
+    for name, layer in (find_target_layers(model, config).layers if layers is None else layers).items():
+        in_features, out_features = _get_in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
-            continue  # PEFT knows no way to adapt it, and says so when asked
+            continue  # a custom layer of PEFT's, which says so when it is made
         pattern = config.rank_pattern or {}
         rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
-        targets.append(Target(name, in_features, out_features, rank))
-    if refused:
-        raise ValueError(
-            f"ResLoRA adapts linear layers (torch.nn.Linear, transformers' Conv1D and their quantised forms), not "
-            f"{', '.join(refused[:5])}. Leave them out with exclude_modules; train embeddings with modules_to_save or "
-            "trainable_token_indices."
-        )
-    return _checked(find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern))
+        if fault := oversized(rank, in_features, out_features):
+            raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
+        targets.append(Target(bare_name(name, model), in_features, out_features, rank))
+    if not is_new(config):
+        return _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
+    table = find_chains(targets, *chain_settings(config), find_cuts(model, targets, config.chain_pattern))
+    refuse_moved_rows(model, table)
+    return _checked(table)
 
 
-def _targeted_layers(model: nn.Module, config: ResLoRAConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The modules PEFT would adapt, found with PEFT's own matching (private, read in 0.21.2)."""
-    config = copy.copy(config)
-    if config.target_modules is None:
-        model_type = BaseTuner.get_model_config(model).get("model_type", "")
-        default = LoraModel.target_module_mapping.get(model_type)
-        if default is None:
-            return  # PEFT asks for target_modules in its own words
-        config.target_modules = list(default)
-    _maybe_include_all_linear_layers(config, model)
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
-        if LoraModel._check_target_module_exists(config, name):
-            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def find_target_layers(
+    model: nn.Module, config: ResLoRAConfig, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Targets:
+    """The layers that `config`, or the keys of `state_dict`, choose; the model is not changed.
+
+    Raises:
+        ValueError: naming target layers that ResLoRA cannot adapt or link.
+    """
+    custom = tuple(config._custom_modules or ())
+
+    def why_not(layer: nn.Module) -> str | None:
+        base = _base_of(layer)
+        if is_plain_linear(base) or isinstance(base, custom):
+            return None
+        if isinstance(base, nn.Embedding):
+            return "which is no linear layer (modules_to_save and trainable_token_indices train embeddings)"
+        with warnings.catch_warnings():  # of a type that PEFT does not know
+            warnings.simplefilter("ignore")
+            known = not isinstance(base, _REFUSED_BASE_LAYERS) and _get_in_out_features(base) != (None, None)
+        return None if known else "which is no linear layer"
+
+    return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _checked(table: ChainTable) -> ChainTable:
     """Refuse chains that cannot be computed.
 
     Raises:
-        ValueError: for shortcut 'middle' with different ranks in one chain.
+        ValueError: for shortcut 'middle' with different ranks in one chain, and for 'input' and 'middle' between the
+            experts of mixtures.
     """
+    if table.shortcut != "block":
+        _refuse_routed(table)
     for chain in table.chains if table.shortcut == "middle" else ():
         if len({target.rank for target in chain}) > 1:
             ranks = ", ".join(f"{target.name}: {target.rank}" for target in chain[:4])
@@ -142,8 +232,22 @@ def _checked(table: ChainTable) -> ChainTable:
     return table
 
 
+def _refuse_routed(table: ChainTable) -> None:
+    """Experts of the same index in two blocks get different tokens, so that what one hands on belongs to others."""
+    routed = [chain[0].name for chain in table.chains if len(chain) > 1 and is_routed(chain[0].name)]
+    if routed:
+        raise ValueError(
+            f"shortcut={table.shortcut!r} adds up what consecutive layers compute for the same token, but other "
+            f"tokens are routed to the experts of each block ({len(routed)} chains, such as that of {routed[0]}). Use "
+            r"shortcut='block', or leave the experts out with exclude_modules=r'.*\bexperts?\b.*'."
+        )
+
+
 def describe_chains(
-    model: nn.Module | PretrainedConfig, config: ResLoRAConfig | None = None, adapter_name: str = "default"
+    model: nn.Module | PretrainedConfig,
+    config: ResLoRAConfig | None = None,
+    adapter_name: str = "default",
+    batch: Mapping[str, Any] | None = None,
 ) -> ChainTable:
     """Print, and return, who is linked to whom, and which links were not made and why.
 
@@ -152,11 +256,18 @@ def describe_chains(
             transformers config, of which a model without weights is built.
         config: what would be injected.
         adapter_name: the adapter to describe, if the model holds several.
+        batch: arguments of the model's forward. One pass of the base model shows layers that are not called or called
+            several times, links between layers that do not depend on each other, and layers that all get one input,
+            such as the keys of cross-attention. The model stays as it is.
 
     Raises:
-        ValueError: if neither the model nor `config` says which adapter.
+        ValueError: if neither the model nor `config` says which adapter, or for a `batch` without a model.
     """
     if isinstance(model, PretrainedConfig):
+        if batch is not None:
+            raise ValueError(
+                f"describe_chains got a batch and a {type(model).__name__}, of which no model can run; pass the model."
+            )
         model = _without_weights(model)
     if config is not None:
         table = find_chains_before_injection(model, config)
@@ -168,6 +279,10 @@ def describe_chains(
                 "describe_chains(model, ResLoRAConfig(...)) to see the chains before injection."
             )
         table = find_injected_chains(model, held[adapter_name], adapter_name)
+    if batch is not None:
+        from peft_reslora.reslora.tracing import findings  # which runs models, as calibration does, and builds on this
+
+        table = replace(table, findings=findings(model, table, batch))
     print(table)  # noqa: T201
     return table
 

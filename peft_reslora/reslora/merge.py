@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from peft_reslora.reslora.chain import ChainTable, Target, find_chains, reach
+from peft_reslora.fields import refuse_slow_patterns
+from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, reach
+from peft_reslora.reslora.cuts import cuts_of
 
 if TYPE_CHECKING:
     from peft_reslora.reslora.config import ResLoRAConfig
@@ -60,6 +62,34 @@ class Block:
         return (A, B) if like is None else (A.to(like.device), B.to(like.device))
 
 
+@dataclass(frozen=True)
+class ChainMerge:
+    """How one chain merges, computed once: for whoever merges, exports or reports it.
+
+    Args:
+        blocks: the chain's layers.
+        config: the adapter's config.
+        coefficients: those of `shortcut_coefficients`.
+    """
+
+    blocks: Sequence[Block]
+    config: ResLoRAConfig
+    coefficients: Sequence[Sequence[float]]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], config: ResLoRAConfig) -> ChainMerge:
+        """Reads each base weight at most once.
+
+        Raises:
+            ValueError: as `shortcut_coefficients`.
+        """
+        return cls(blocks, config, shortcut_coefficients(blocks, config))
+
+    def factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
+        return merged_factors(self.blocks, position, self.config, self.coefficients)
+
+
 def merged_factors(
     chain: Sequence[Block], position: int, config: ResLoRAConfig, coefficients: Sequence[Sequence[float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +131,18 @@ def _earlier(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> li
     return [chain[position - k] for k in range(1, reach(position, config.pre_num) + 1)]
 
 
+def layer_is_exact(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> bool:
+    """Whether the merge of one layer computes what its forward pass does, whichever estimator there is.
+
+    It does for 'block'; for a chain's first layer, where 'middle' has no shortcut and that of 'input' is the layer's
+    own input; and where C_n has taken the shortcut's whole place in the forward pass.
+    """
+    return config.shortcut == "block" or position == 0 or chain[position].annealed == 1.0
+
+
 def is_exact(chain: Sequence[Block], config: ResLoRAConfig) -> bool:
-    """Whether the merge computes what the forward pass does: for 'block', and where no shortcut is left."""
-    return config.shortcut == "block" or all(block.annealed == 1.0 for block in chain[1:])
+    """Whether the merge of every layer is exact."""
+    return all(layer_is_exact(chain, position, config) for position in range(len(chain)))
 
 
 def shortcut_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> list[list[float]]:
@@ -123,8 +162,8 @@ def shortcut_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> list
         case "drop":
             coefficients = [[0.0] * m for m in earlier]
         case "least_squares":  # C_n takes the place of all of them
-            for block in chain[1:]:
-                _check_calibration(block)
+            for position, block in enumerate(chain):
+                _check_calibration(block, is_linked=position > 0)
             coefficients = [[0.0] * m for m in earlier]
         case "input_norm":  # a_{n-k} = f_{n-k} / f_n (Eq. 9 and 12)
             f = [_mean_norm(block) for block in chain]
@@ -154,7 +193,7 @@ def _weight_norm_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> 
                 "adapter's files. Load the adapter onto its base model, or set merge_estimator to another."
             )
         A, B = merged_factors(chain, n, config, coefficients)
-        norm = float(torch.linalg.matrix_norm(block.base_weight().to(B) + B @ A))
+        norm = float(torch.linalg.matrix_norm(torch.addmm(block.base_weight().to(B), B, A)))
         f.append(_checked_norm(norm, block.name, "merged weight"))
     return coefficients
 
@@ -171,14 +210,18 @@ def _mean_norm(block: Block) -> float:
     return _checked_norm(float(recorded.mean()), block.name, "recorded input")
 
 
-def _check_calibration(block: Block) -> None:
-    """Refuse to merge with a C_n that is missing, or was fitted for factors that have changed since.
+def _check_calibration(block: Block, is_linked: bool) -> None:
+    """Refuse to merge with a C_n that is missing, or was fitted while this layer had other factors.
 
-    Factors may have been rounded by a cast, or moved by less than a hundredth: the regression's residual is larger.
+    C_n belongs to the factors of all layers before it, whose outputs it was fitted on; so every layer has a sketch,
+    the first of a chain too, which has no C_n (nor has it a sketch in adapters saved by 0.1.0). Factors may have been
+    rounded by a cast, or moved by less than a hundredth: the regression's residual is larger.
     """
     if block.annealed > 0.0:  # C_n is part of the forward pass, whatever it was fitted for
         return
-    if block.shortcut is None or block.sketch is None:
+    if block.sketch is None and not is_linked:
+        return
+    if block.sketch is None or (block.shortcut is None and is_linked):
         raise ValueError(
             f"merge_estimator='least_squares' needs a calibrated adapter, and the one on layer {block.name!r} is not. "
             "Call calibrate_merge(model, batches), or set config.merge_estimator to 'input_norm', 'weight_norm' or "
@@ -238,10 +281,9 @@ def merged_factors_from_state_dict(
     blocks = blocks_from_state_dict(config, state_dict)
     merged = {}
     for chain in chains_of_blocks(config, blocks).chains:
-        members = [blocks[target.name] for target in chain]
-        coefficients = shortcut_coefficients(members, config)
-        for position, block in enumerate(members):
-            A, B = merged_factors(members, position, config, coefficients)
+        merge = ChainMerge.of([blocks[target.name] for target in chain], config)
+        for position, block in enumerate(merge.blocks):
+            A, B = merge.factors(position)
             check_finite(A, B, block.name, "default")
             merged[block.name] = A, B
     return {name: merged[name] for name in blocks}
@@ -258,6 +300,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         for part in ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = tensor
+    refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
         A, B = found.get("lora_A.weight"), found.get("lora_B.weight")
@@ -267,21 +310,38 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
                 f"The checkpoint does not hold a pair of factors (r, in_features), (out_features, r) for layer "
                 f"{name!r}, but {shapes}. It is damaged or not a ResLoRA adapter; save the adapter again."
             )
+        _check_shortcut_parts(name, A, found)
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
-        if C is not None and C.shape != A.shape:
-            raise ValueError(
-                f"The checkpoint's {SHORTCUT_PARTS[0]} for layer {name!r} has the shape {tuple(C.shape)} instead of "
-                f"lora_A's {tuple(A.shape)}. It is damaged; calibrate and save the adapter again."
-            )
         scaling, t = scaling_of(config, name, A.shape[0]), 0.0 if annealed is None else float(annealed)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
     return blocks
 
 
+def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an estimate of another shape, and a share of one that is not there."""
+    C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
+    faults = []
+    if C is not None and C.shape != A.shape:
+        faults.append(f"{SHORTCUT_PARTS[0]} has the shape {tuple(C.shape)} instead of lora_A's {tuple(A.shape)}")
+    if annealed is not None and C is None:
+        faults.append(f"it holds {SHORTCUT_PARTS[2]} without {SHORTCUT_PARTS[0]}")
+    if C is not None and sketch is None and annealed is None:
+        faults.append(f"it holds {SHORTCUT_PARTS[0]} and nothing that says what it is for")
+    if sketch is not None and sketch.shape != (2 * A.shape[0],):
+        faults.append(f"{SHORTCUT_PARTS[1]} has the shape {tuple(sketch.shape)} instead of {(2 * A.shape[0],)}")
+    if annealed is not None and not (annealed.numel() == 1 and 0.0 <= float(annealed) <= 1.0):
+        faults.append(f"{SHORTCUT_PARTS[2]} is no share between 0 and 1")
+    if faults:
+        raise ValueError(
+            f"The checkpoint's estimate of the shortcut for layer {name!r} cannot be used: {'; '.join(faults)}. It is "
+            "damaged; calibrate or anneal, and save the adapter again."
+        )
+
+
 def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> ChainTable:
     """The chains that the layers of a saved adapter form."""
     targets = [Target(name, b.A.shape[1], b.B.shape[0], b.A.shape[0]) for name, b in blocks.items()]
-    return find_chains(targets, config.shortcut, config.pre_num, config.chain_pattern)
+    return find_chains(targets, *chain_settings(config), cuts_of(config, targets))
 
 
 def scaling_of(config: ResLoRAConfig, name: str, rank: int) -> float:

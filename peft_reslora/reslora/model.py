@@ -3,42 +3,75 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from peft_reslora.base_weights import (
+    broken_adapter_message,
+    merged_or_not,
+    own_memory,
+    refuse_inseparable,
+    refuse_shared_modules,
+    refuse_unknown,
+    untie,
+)
+from peft_reslora.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
+from peft_reslora.fields import refuse_slow_patterns
+from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.layer import BUFFERS, ResLoRALayer, as_reslora_layer
-from peft_reslora.reslora.linking import chains_of, find_chains_before_injection, link_chains
+from peft_reslora.reslora.cuts import own_config
+from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
+from peft_reslora.reslora.linking import (
+    chains_of,
+    combined_cuts,
+    find_chains_before_injection,
+    find_target_layers,
+    link_chains,
+)
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.relay import doorway_of, remove_doorways
-from peft_reslora.reslora.variant import Chain, restore, stored
+from peft_reslora.reslora.variant import Chain, planned, restore, stored
+from peft_reslora.targets import refuse_merged
+from peft_reslora.undo import configs_kept, undone_on_failure
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "base_model.model."
-_PARTS = {"lora_A", "lora_B", *BUFFERS}
 
-
-class ResLoRAModel(LoraModel):
+class ResLoRAModel(NativeCheckpoints, LoraModel):
     """Creates a ResLoRA model from a pretrained one (ResLoRA, arXiv 2402.18039).
 
     Everything but the chains is `LoraModel`. Use it through `get_peft_model(model, ResLoRAConfig(...))`.
     """
 
     peft_config: dict[str, ResLoRAConfig]  # type: ignore[assignment]
+    stamped_layer_cls = ResLoRALayer
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with configs_kept(model):
+            super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        if kwargs.get("state_dict") is None:
-            find_chains_before_injection(model, config)  # refuses before the model is changed
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        link_chains(model, config, adapter_name)
+        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name])
+        with undone_on_failure(self, model, adapter_name):
+            refuse_adapter_name(model, adapter_name, type(self))
+            refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
+            targets = find_target_layers(model, config, kwargs.get("state_dict"))
+            find_chains_before_injection(model, config, targets.layers)
+            refuse_merged(model, adapter_name)
+            targets.narrow(config)
+            for layer in model.modules():  # an adapter of the same name starts anew, as in LoRA
+                if isinstance(layer, ResLoRALayer):
+                    layer.forget(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            link_chains(model, config, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT calls the model's `forward` (read in 0.21.2), past the hooks by which a chain knows its forward pass.
@@ -66,10 +99,19 @@ class ResLoRAModel(LoraModel):
         )
         as_reslora_layer(getattr(parent, target_name), current_key)
 
+    @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        with self._planned_merge(adapter_names, safe_merge, keep_base_weights=True):
+        with self._planned_merge(adapter_names, safe_merge, keep_base_weights=True), merged_or_not(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    @full_precision()
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT would warn of them before a merge; here they get weights of their own (0.21.2)
+
+    @full_precision()
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -79,6 +121,8 @@ class ResLoRAModel(LoraModel):
     ) -> nn.Module:
         nothing: AbstractContextManager[list[Chain]] = nullcontext([])
         plan = self._planned_merge(adapter_names, safe_merge, keep_base_weights=False) if merge else nothing
+        merging = self._adapted_layers(adapter_names) if merge else {}
+        refuse_inseparable(self.model, merging)
         with plan as chains:
             for name in dict.fromkeys(chain.adapter_name for chain in chains):
                 logger.info(describe_merge([chain for chain in chains if chain.adapter_name == name]))
@@ -86,34 +130,51 @@ class ResLoRAModel(LoraModel):
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         remove_doorways(unloaded)
+        untie(unloaded, merging)
         return unloaded
+
+    def _adapted_layers(self, adapter_names: Sequence[str] | None) -> dict[str, ResLoRALayer]:
+        """The layers into which the adapters, the active ones by default, are merged already or are to be merged.
+
+        Raises:
+            ValueError: for an adapter that the model does not have.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_unknown(names, self.peft_config)
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ResLoRALayer) and (module.merged or module.adapters_to_merge(names))
+        }
 
     @contextmanager
     def _planned_merge(
         self, adapter_names: Sequence[str] | None, safe_merge: bool, keep_base_weights: bool
     ) -> Iterator[list[Chain]]:
         """Compute what a merge needs of all layers before it changes any, and refuse what cannot be merged."""
+        layers = self._adapted_layers(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
+        refuse_shared_modules(self.model, layers)
         chains = [chain for name in names for chain in chains_of(self.model, name)]
-        held = [chain.layers for chain in chains]  # while unloading takes them out of the model one by one
         for chain in chains:
             broken = not all(torch.isfinite(b.A).all() and torch.isfinite(b.B).all() for b in chain.blocks())
-            if broken and safe_merge:  # PEFT's own words for it
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {chain.adapter_name} seems to be broken"
-                )
+            if broken and safe_merge:
+                raise ValueError(broken_adapter_message(chain.adapter_name))
             for position in range(len(chain.layers) if broken else 0):
                 chain.merged_factors(position)  # raises, and says which layer
-        try:
-            for chain in chains:
-                chain.planned = chain.coefficients()
-                chain.keeps_base_weights = keep_base_weights
-            yield chains
-        finally:
-            del held
-            for chain in chains:
-                chain.planned = None
-                chain.keeps_base_weights = True
+        with planned(chains):
+            for layer in layers.values():
+                layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
+            own = set() if keep_base_weights else own_memory(self.model)
+            weights = {id(layer): layer.get_base_layer()._parameters.get("weight") for layer in layers.values()}
+            in_place = {layer for layer, weight in weights.items() if id(weight) in own}
+            try:
+                for chain in chains:
+                    chain.keeps_base_weights, chain.merges_checked, chain.in_place = keep_base_weights, True, in_place
+                yield chains
+            finally:
+                for chain in chains:
+                    chain.keeps_base_weights, chain.merges_checked, chain.in_place = True, False, set()
 
     def add_weighted_adapter(
         self,
@@ -125,10 +186,31 @@ class ResLoRAModel(LoraModel):
     ) -> None:
         """Combine adapters into a new one, as in `LoraModel`, in ways that hold for factors that are linked.
 
+        'cat', and a single adapter with a weight, give exactly the weighted sum of the adapters' updates. The others
+        combine the factors A and B apart, as PEFT does.
+
         Raises:
             ValueError: for combinations that take the SVD of delta weights, since the shortcuts would be applied to
-                them again, and for adapters with different shortcuts.
+                them again, for adapters with different shortcuts or chains, and for weights that are no numbers.
         """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name.")
+        if len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights!r} has to hold one finite number for each of the adapters {adapters}.")
+        self._refuse_combination(adapters, combination_type)
+        _refuse_unequal_scalings(self.model, adapters)
+        try:
+            with combined_cuts(self.model, self.peft_config, adapters):
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type=combination_type, **kwargs
+                )
+            _settle_combination(self.model, adapter_name, self.peft_config[adapter_name])
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _refuse_combination(self, adapters: Sequence[str], combination_type: str) -> None:
         if combination_type.endswith("svd") and len(adapters) > 1:
             raise ValueError(
                 f"combination_type={combination_type!r} works on delta weights, to which the shortcuts of the new "
@@ -149,17 +231,47 @@ class ResLoRAModel(LoraModel):
                 f"Adapter {annealed[0]!r} has been annealed, and the new one would have its shortcuts again. Export "
                 "each with save_as_lora, which is exact for annealed adapters, and combine those."
             )
-        _refuse_unequal_scalings(self.model, adapters)
-        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ResLoRAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        with _room_for_estimates(model, adapter_name, state_dict):
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            check_checkpoint(model, adapter_name, remapped)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        config.estimate = _estimate_in(model, adapter_name)
         return remapped
+
+    @classmethod
+    def _make_room(cls, layers: Mapping[str, Any], adapter_name: str, found: Parts) -> Callable[[], None]:
+        """Give the layers the buffers of the estimate that a checkpoint brings, and take away what it does not."""
+        brought = {name: {part for part in SHORTCUT_PARTS if found[name][part] is not None} for name in layers}
+        if lacking := [n for n, layer in layers.items() if not brought[n] and layer.awaits_estimate(adapter_name)]:
+            raise ValueError(
+                f"The config of adapter {adapter_name!r} says that it was annealed, but the checkpoint has no "
+                f"estimate for layer {lacking[0]!r}. Load the config and the weights that were saved together."
+            )
+        before: list[tuple[BufferDict, torch.Tensor | None]] = []
+        for name, layer in layers.items():
+            buffers: list[BufferDict] = [getattr(layer, part) for part in SHORTCUT_PARTS]
+            before += [(held, stored(held, adapter_name)) for held in buffers]
+            for held in buffers:
+                restore(held, adapter_name, None)
+            if brought[name]:  # C_n comes with one of the other two
+                estimate = "annealed" if "lora_annealed" in brought[name] else "calibrated"
+                layer.make_room_for_estimate(adapter_name, estimate)
+
+        def restore_all() -> None:
+            for held, buffer in before:
+                restore(held, adapter_name, buffer)
+
+        return restore_all
+
+
+def _estimate_in(model: nn.Module, adapter_name: str) -> Literal["calibrated", "annealed"] | None:
+    """What estimate the adapter's layers hold."""
+    layers = [layer for _, layer in adapted_layers(model, ResLoRALayer, adapter_name)]
+    if any(adapter_name in layer.lora_annealed for layer in layers):
+        return "annealed"
+    return "calibrated" if any(adapter_name in layer.lora_calibrated for layer in layers) else None
 
 
 def describe_merge(chains: Sequence[Chain]) -> str:
@@ -176,70 +288,28 @@ def describe_merge(chains: Sequence[Chain]) -> str:
     return f"Merging adapter {name!r} (shortcut={config.shortcut!r}) {how}."
 
 
-def check_checkpoint(model: nn.Module, adapter_name: str, remapped: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a checkpoint whose adapter tensors are not exactly the model's, which PEFT only warns about.
+def _settle_combination(model: nn.Module, adapter_name: str, config: ResLoRAConfig) -> None:
+    """Let layers and config say what PEFT's combination of adapters has made, so that it can be saved and loaded.
 
-    Args:
-        model: the model with the adapter injected.
-        adapter_name: the adapter that is loaded.
-        remapped: the checkpoint, with the model's own keys.
-
-    Raises:
-        ValueError: listing missing, extra and misshapen tensors.
+    It takes over what the first adapter's config says of an estimate, says one rank for all layers, and leaves the
+    factors those of a `rank_pattern`. The factors hold the scalings of the adapters they are from, so that the new
+    scaling is 1, which with use_rslora it is not (read in 0.21.2).
     """
-    wanted = {
-        f"{name}.{key}".removeprefix(_PREFIX): tuple(tensor.shape)
-        for name, layer in model.named_modules()
-        if isinstance(layer, ResLoRALayer)
-        for key, tensor in layer.state_dict().items()
-        if key.split(".")[0] in _PARTS and adapter_name in key.split(".")
-    }
-    found = {
-        key.removeprefix(_PREFIX): tuple(tensor.shape)
-        for key, tensor in remapped.items()
-        if not _PARTS.isdisjoint(key.split("."))
-    }
-    faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not in the model": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{key} {found[key]} instead of {shape}" for key, shape in wanted.items() if found.get(key, shape) != shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in faults.items() if keys)
-        raise ValueError(
-            f"The checkpoint does not fit adapter {adapter_name!r} on this model: {listed}. Load it onto the base "
-            "model it was trained on, with the config it was saved with."
-        )
-
-
-@contextmanager
-def _room_for_estimates(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give the layers the buffers of C_n that a checkpoint brings, and take away those that it does not.
-
-    The layers get back what they had if loading fails.
-    """
-    found = {key.removeprefix(_PREFIX) for key in state_dict}
-    before: list[tuple[BufferDict, torch.Tensor | None]] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, ResLoRALayer) or adapter_name not in layer.lora_norm:
+    config.use_rslora, config.estimate = False, None
+    for name, layer in adapted_layers(model, ResLoRALayer, adapter_name):
+        layer.check_loaded(adapter_name)  # nothing was: there is no estimate, and no stamp to come
+        layer.use_rslora[adapter_name] = False
+        layer.scaling[adapter_name] = config.lora_alpha / config.r
+        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        rank = A.weight.shape[0]
+        A.out_features = B.in_features = rank
+        if rank == layer.r[adapter_name]:
             continue
-        shortcut, calibrated, annealed = (f"{name}.{part}".removeprefix(_PREFIX) in found for part in SHORTCUT_PARTS)
-        weight = layer.lora_A[adapter_name].weight
-        rank, in_features = weight.shape
-        shapes: list[tuple[int, ...] | None] = [None, None, None]
-        if shortcut or calibrated or annealed:  # C_n comes with one of the other two
-            shapes = [(rank, in_features), None if annealed else (2 * rank,), () if annealed else None]
-        for buffers, shape in zip((getattr(layer, part) for part in SHORTCUT_PARTS), shapes, strict=True):
-            before.append((buffers, stored(buffers, adapter_name)))
-            restore(buffers, adapter_name, None if shape is None else torch.zeros(shape, device=weight.device))
-    try:
-        yield
-    except ValueError:
-        for buffers, buffer in before:
-            restore(buffers, adapter_name, buffer)
-        raise
+        layer.r[adapter_name] = rank
+        layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * rank
+        pattern = "^" + re.escape(canonical(name))
+        config.rank_pattern = {**(config.rank_pattern or {}), pattern: rank}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), pattern: layer.lora_alpha[adapter_name]}
 
 
 def _refuse_unequal_scalings(model: nn.Module, adapters: Sequence[str]) -> None:

@@ -149,11 +149,18 @@ class Replay:
         self._taken = taken
         self._cursors: dict[int, int] = {}
 
+    def has(self, chain: int, position: int) -> bool:
+        """Whether the layer at `position`, which runs next of its chain, took or gave anything the first time."""
+        return self._at(chain, position) is not None
+
     def next(self, chain: int, position: int) -> Taken | None:
         """What the layer at `position` took the first time; None where another layer ran then, or none."""
-        cursor = self._cursors.get(chain, 0)
-        self._cursors[chain] = cursor + 1
-        record = self._taken.get(chain, [])
+        taken = self._at(chain, position)
+        self._cursors[chain] = self._cursors.get(chain, 0) + 1
+        return taken
+
+    def _at(self, chain: int, position: int) -> Taken | None:
+        cursor, record = self._cursors.get(chain, 0), self._taken.get(chain, [])
         return record[cursor] if cursor < len(record) and record[cursor].position == position else None
 
 
@@ -167,10 +174,8 @@ class Nest:
 
     @property
     def reentrant(self) -> bool:
-        """Whether the running code has, or will have, a graph of its own."""
-        return any(region.reentrant for region in self.recording) or (
-            self.replay is not None and self.replay.reentrant
-        )
+        """Whether the running code will have a graph of its own."""
+        return any(region.reentrant for region in self.recording)
 
 
 NO_REGION = Nest()

@@ -202,9 +202,15 @@ class Relay:
         self.accumulates = pre_num == -1 and not self.hands_factors
         self.pre_num = 1 if self.accumulates else reach(len(names), pre_num)
 
-    def crosses_graphs(self) -> bool:
-        """Whether the running layer's neighbours may have graphs of their own, as in re-entrant checkpointing."""
-        return not torch.compiler.is_compiling() and _nest_in(self._scope()).reentrant
+    def crosses_graphs(self, position: int) -> bool:
+        """Whether the running layer's neighbours may have graphs of their own, as in re-entrant checkpointing.
+
+        In a recomputation, whether that was so the first time.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        nest = _nest_in(self._scope())
+        return nest.reentrant if nest.replay is None else nest.replay.has(self.key, position)
 
     def pass_on(self, position: int, value: torch.Tensor) -> Handed:
         """Take what earlier layers handed to the one at `position`, and hand `value` to the later ones.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from peft_reslora.offloading import held_tensor
 from peft_reslora.reslora.chain import reach
-from peft_reslora.reslora.merge import Block, check_finite, merged_factors, shortcut_coefficients
+from peft_reslora.reslora.merge import Block, ChainMerge, check_finite
 from peft_reslora.reslora.relay import Doorway, Relay
 from peft_reslora.reslora.shortcuts import (
     ProjectedSum,
@@ -58,7 +59,10 @@ class Chain:
         self.config = config
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
-        self.planned: list[list[float]] | None = None
+        self.merges_checked = False  # by whoever merges all layers
+        self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
+        self.planned: ChainMerge | None = None
+        self.keeps_plan = False
         self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
         self._members: list[Any] = [weakref.ref(layer) for layer in layers]
 
@@ -100,11 +104,13 @@ class Chain:
 
     def blocks(self) -> list[Block]:
         name = self.adapter_name
+        for layer in self.layers:
+            layer.check_loaded(name)
         return [
             Block(
                 layer_name,
-                readable(layer.lora_A[name], layer_name, _FROM_FILES).detach(),
-                readable(layer.lora_B[name], layer_name, _FROM_FILES).detach(),
+                readable(layer.lora_A[name], layer_name, _FROM_FILES, offloaded=True).detach(),
+                readable(layer.lora_B[name], layer_name, _FROM_FILES, offloaded=True).detach(),
                 layer.scaling[name],
                 stored(layer.lora_norm, name),
                 layer.unmerged_base_weight,
@@ -115,13 +121,21 @@ class Chain:
             for layer_name, layer in zip(self.names, self.layers, strict=True)
         ]
 
-    def coefficients(self) -> list[list[float]]:
-        """The coefficients of the merge: those planned before the first weight was changed, or computed now."""
-        return shortcut_coefficients(self.blocks(), self.config) if self.planned is None else self.planned
+    def merge(self) -> ChainMerge:
+        """How the chain merges: as it was planned before the first weight was changed, or computed now."""
+        if self.planned is not None:
+            return self.planned
+        merge = ChainMerge.of(self.blocks(), self.config)
+        if self.keeps_plan:
+            self.planned = merge
+        return merge
+
+    def coefficients(self) -> Sequence[Sequence[float]]:
+        return self.merge().coefficients
 
     def merged_factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
-        A, B = merged_factors(self.blocks(), position, self.config, self.coefficients())
+        A, B = self.merge().factors(position)
         check_finite(A, B, self.names[position], self.adapter_name)
         return A, B
 
@@ -139,6 +153,21 @@ class _Way(NamedTuple):
 
     hands: bool
     calls: bool
+
+
+@contextmanager
+def planned(chains: Iterable[Chain]) -> Iterator[None]:
+    """Let the merge of each chain be computed once, when it is first asked for, while nothing trains."""
+    chains = [chain for chain in chains if not chain.keeps_plan]
+    layers = [chain.layers for chain in chains]  # held while unloading takes them out of the model one by one
+    for chain in chains:
+        chain.keeps_plan = True
+    try:
+        yield
+    finally:
+        del layers
+        for chain in chains:
+            chain.keeps_plan, chain.planned = False, None
 
 
 class ResLoRAVariant(LoraVariant):
@@ -205,7 +234,7 @@ class ResLoRAVariant(LoraVariant):
     def _block(self, module: ResLoRALayer, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         dropout = module.lora_dropout[adapter]
         way = self._way()
-        handing = way.hands or self.chain.relay.crosses_graphs()
+        handing = way.hands or self.chain.relay.crosses_graphs(self.position)
         if not handing and way.calls:
             return self._called(dropout(x), result, adapter)
         if not handing and self._sums_updates(module, x):
@@ -326,20 +355,14 @@ class ResLoRAVariant(LoraVariant):
     # PEFT calls these three; `orig_weight` is the weight that is to be changed, in its own orientation.
 
     def merge_safe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if self.chain.keeps_base_weights:
-            module.keep_base_weight(active_adapter)
         return module.add_delta_weight(orig_weight, active_adapter, in_place=True)  # a copy already
 
     def merge_unsafe(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        keep = self.chain.keeps_base_weights
-        if keep:
-            module.keep_base_weight(active_adapter)
-        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter, in_place=not keep)
+        # In general another tensor: this one is what unmerging gives back, and others may share it.
+        in_place = id(module) in self.chain.in_place
+        orig_weight.data = module.add_delta_weight(orig_weight.data, active_adapter, in_place)
 
     def unmerge(self, module: ResLoRALayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        kept = module.kept_base_weights.pop(active_adapter, None)
-        if kept is not None:
-            return kept.to(orig_weight.device, orig_weight.dtype)
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
@@ -409,13 +432,19 @@ _FROM_FILES = (
 )
 
 
-def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT) -> torch.Tensor:
+def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT, *, offloaded: bool = False) -> torch.Tensor:
     """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
 
+    Args:
+        linear: lora_A or lora_B.
+        name: the layer's, for the message.
+        advice: what to do, for the message.
+        offloaded: read what accelerate has offloaded from where it is kept, which no gradient reaches.
+
     Raises:
-        RuntimeError: if it is sharded or offloaded.
+        RuntimeError: if it is sharded, or offloaded otherwise.
     """
-    weight = linear.weight
+    weight = held_tensor(linear, "weight") if offloaded else linear.weight
     if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         raise RuntimeError(
             f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
