@@ -14,7 +14,7 @@ from test_calibrate import ESTIMATED, batches_of
 from test_forward import adapted
 from test_merge import record_norms
 from tiny_models import TINY_MODELS, llama, output_of
-from tolerances import FLOAT64, rounding
+from tolerances import MODEL64, rounding
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -45,7 +45,7 @@ def test_an_annealed_adapter_merges_exactly(shortcut, pre_num, estimator, caplog
     assert merge_report(model, batches_of()).exact
     with caplog.at_level(logging.INFO, logger="peft_reslora"):
         merged = copy.deepcopy(model).merge_and_unload()
-    assert relative_error(output_of(merged, INPUTS), expected) < FLOAT64
+    assert relative_error(output_of(merged, INPUTS), expected) < MODEL64
     assert "exactly" in caplog.messages[0]
 
 
@@ -87,7 +87,7 @@ def test_half_annealed_adapters_merge_their_annealed_share_exactly():
     model.peft_config["default"].merge_estimator = "drop"
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.scaling["default"] * B @ (A + 0.5 * layer.lora_shortcut["default"])
-    assert relative_error(layer.get_delta_weight("default"), expected) < FLOAT64
+    assert relative_error(layer.get_delta_weight("default"), expected) < MODEL64
     assert not merge_report(model, batches_of()).exact
 
 
@@ -99,13 +99,13 @@ def test_saved_and_loaded_adapters_stay_exact_and_export_needs_no_estimator(shor
     expected = output_of(model, INPUTS)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert relative_error(output_of(loaded, INPUTS), expected) < FLOAT64
+    assert relative_error(output_of(loaded, INPUTS), expected) < MODEL64
     assert export_lora(loaded).state_dict
     pairs = merged_factors_from_state_dict(
         model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
     )
     assert {A.shape[0] for A, _ in pairs.values()} == {3}
-    assert relative_error(output_of(loaded.merge_and_unload(), INPUTS), expected) < FLOAT64
+    assert relative_error(output_of(loaded.merge_and_unload(), INPUTS), expected) < MODEL64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_a_lora_at_the_end(shortcut, pre_num):
     by_hand = output.base_layer(x) + output.scaling["default"] * x @ (A + C).T @ B.T
     actual = torch.autograd.grad(value.square().sum(), (A, B), retain_graph=True)
     for a, b in zip(actual, torch.autograd.grad(by_hand.square().sum(), (A, B)), strict=True):
-        assert relative_error(a, b) < FLOAT64
+        assert relative_error(a, b) < MODEL64
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -170,8 +170,8 @@ def test_a_trained_and_a_resumed_adapter_merge_exactly_and_agree(shortcut, pre_n
     resumed = fresh(shortcut, pre_num, estimator)
     trainer_for(resumed, tmp_path, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     expected = output_of(model.eval(), INPUTS)
-    assert relative_error(output_of(resumed.eval(), INPUTS), expected) < FLOAT64
-    assert relative_error(output_of(resumed.merge_and_unload(), INPUTS), expected) < FLOAT64
+    assert relative_error(output_of(resumed.eval(), INPUTS), expected) < MODEL64
+    assert relative_error(output_of(resumed.merge_and_unload(), INPUTS), expected) < MODEL64
     assert relative_error(output_of(TINY_MODELS["llama"].make(), INPUTS), expected) > 1e-2
 
 

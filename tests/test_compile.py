@@ -11,7 +11,7 @@ from oracle import randomize_adapters, relative_error
 from peft import get_peft_model
 from test_relay import assert_same_gradients, gradients
 from tiny_models import llama, output_of
-from tolerances import FLOAT64, rounding
+from tolerances import MODEL64, assert_gradients_close, rounding
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -47,6 +47,8 @@ def fresh_compiler():
 
 
 def compare_steps(eager: nn.Module, backend: str) -> None:
+    # Inductor has sines, cosines and square roots of its own, and Llama takes them in float32.
+    bound = rounding(eager, torch.float32) if backend == "inductor" else MODEL64
     compiled_model = copy.deepcopy(eager)
     compiled = torch.compile(compiled_model, fullgraph=True, dynamic=True, backend=backend)
     for step, batch in enumerate((2, 2, 3, 5)):
@@ -56,8 +58,8 @@ def compare_steps(eager: nn.Module, backend: str) -> None:
             actual.square().mean().backward()
         expected = output_of(eager, inputs)
         expected.square().mean().backward()
-        assert relative_error(actual, expected) < FLOAT64
-        assert_same_gradients(gradients(compiled_model), gradients(eager))
+        assert relative_error(actual, expected) < bound
+        assert_gradients_close(gradients(compiled_model), gradients(eager), bound=2 * bound)
         for model in (eager, compiled_model):
             model.zero_grad()
     for norms, expected_norms in zip(compiled_model.buffers(), eager.buffers(), strict=True):
@@ -115,4 +117,4 @@ def test_inference_compiles_whole_and_once(tuner):
         for step, batch in enumerate((2, 3, 4)):
             inputs = {"input_ids": torch.randint(1, 53, (batch, 7))}
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
-                assert relative_error(output_of(compiled, inputs), output_of(eager, inputs)) < FLOAT64
+                assert relative_error(output_of(compiled, inputs), output_of(eager, inputs)) < MODEL64

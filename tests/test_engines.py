@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from engine_worker import CASE_OF_EACH, CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
-from tolerances import FLOAT64, assert_gradients_close, rounding
+from tolerances import MODEL64, assert_gradients_close, rounding
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "accelerate"
@@ -123,9 +123,9 @@ def assert_same_training(actual: Results | str, expected: Results, engine: str) 
     """All compute in float64; DeepSpeed averages gradients in float32, of which the second loss is a function."""
     assert not isinstance(actual, str), actual
     terms = 30  # of two processes, of either sign
-    bound = rounding(terms) if engine.startswith("zero") else FLOAT64
+    bound = rounding(terms) if engine.startswith("zero") else MODEL64
     assert actual["losses"] == pytest.approx(expected["losses"], rel=bound)
-    assert actual["losses"][0] == pytest.approx(expected["losses"][0], rel=FLOAT64)
+    assert actual["losses"][0] == pytest.approx(expected["losses"][0], rel=MODEL64)
     for found, wanted in zip(actual["gradients"], expected["gradients"], strict=True):
         assert found.keys() == wanted.keys()
         seen = {name for name, grad in found.items() if grad.numel()}  # see `accelerated`

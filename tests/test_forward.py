@@ -10,7 +10,7 @@ import torch
 from oracle import factors_of, randomize_adapters, relative_error, run_oracle
 from peft import get_peft_model
 from tiny_models import TINY_MODELS, output_of
-from tolerances import FLOAT64, assert_gradients_close, half_rounding, rounding
+from tolerances import MODEL64, assert_gradients_close, half_rounding, rounding
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
@@ -37,7 +37,7 @@ def compare_with_oracle(
     factors = factors_of(model)
     expected = run_oracle(base, inputs, factors, shortcut, pre_num, output_of, **options)
     actual = output_of(model, inputs)
-    assert relative_error(actual, expected) < (FLOAT64 if double else rounding(model))
+    assert relative_error(actual, expected) < (MODEL64 if double else rounding(model))
     assert relative_error(output_of(base, inputs), expected) > 1e-3, "the adapter does too little to show anything"
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
@@ -171,7 +171,7 @@ def test_generation_with_a_cache_equals_full_forwards(name, shortcut, pre_num):
         cached = model.generate(input_ids=ids, return_dict_in_generate=True, use_cache=True, **options)
         full = model.generate(input_ids=ids, return_dict_in_generate=True, use_cache=False, **options)
     assert torch.equal(cached.sequences, full.sequences)
-    assert relative_error(torch.stack(cached.logits), torch.stack(full.logits)) < FLOAT64
+    assert relative_error(torch.stack(cached.logits), torch.stack(full.logits)) < MODEL64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)

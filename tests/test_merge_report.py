@@ -16,7 +16,7 @@ from test_calibrate import ESTIMATED, batches_of, divergence, log_probabilities
 from test_forward import adapted
 from test_merge import record_norms
 from tiny_models import TINY_MODELS, bert, output_of
-from tolerances import FLOAT64, rounding
+from tolerances import MODEL64, rounding
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
@@ -50,7 +50,7 @@ def test_the_report_agrees_with_merges_by_hand(shortcut, pre_num):
         model.peft_config["default"].merge_estimator = estimator
         merged = copy.deepcopy(model).merge_and_unload()
         # The report puts an estimate, which is float32, in place of the shortcut.
-        bound = FLOAT64 if estimator == "drop" else rounding(model, torch.float32)
+        bound = MODEL64 if estimator == "drop" else rounding(model, torch.float32)
         assert math.isclose(cost.kl, divergence(merged, expected, batches), rel_tol=bound)
         kept = (log_probabilities(merged, batches).argmax(-1) == expected.argmax(-1)).double().mean()
         assert math.isclose(cost.agreement, float(kept))
@@ -78,7 +78,7 @@ def test_the_error_of_a_layer_is_that_of_its_update():
         model(**batch)
     x, update = seen[0]
     layers = merge_report(model, [batch], estimators="drop").costs["drop"].layers
-    assert math.isclose(layers[name], relative_error(x @ layer.get_delta_weight("default").T, update), rel_tol=FLOAT64)
+    assert math.isclose(layers[name], relative_error(x @ layer.get_delta_weight("default").T, update), rel_tol=MODEL64)
     assert layers["bert.encoder.layer.0.attention.self.query"] == 0.0
     assert list(layers) == [f"bert.encoder.layer.{n}.attention.self.query" for n in range(4)]
 
@@ -108,7 +108,7 @@ def test_beside_another_active_adapter_the_merge_is_simulated():
     expected = log_probabilities(model, labelled())
     model.peft_config["default"].merge_estimator = "drop"
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "second"])
-    assert math.isclose(report.costs["drop"].kl, divergence(merged, expected, labelled()), rel_tol=FLOAT64)
+    assert math.isclose(report.costs["drop"].kl, divergence(merged, expected, labelled()), rel_tol=MODEL64)
 
 
 @pytest.mark.parametrize("pre_num", [1, -1])
@@ -117,7 +117,7 @@ def test_block_is_exact(pre_num):
     report = merge_report(model, labelled())
     assert report.exact
     assert list(report.costs) == ["exact"]
-    assert report.costs["exact"].kl < FLOAT64
+    assert report.costs["exact"].kl < MODEL64
     assert "the merge is exact" in str(report)
 
 

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from test_forward import VARIANTS
 from test_relay import assert_same_gradients, gradients
 from tiny_models import TINY_MODELS, llama, output_of, unet
-from tolerances import FLOAT64, half_rounding, rounding
+from tolerances import MODEL64, half_rounding, rounding
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -94,11 +94,11 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tm
     torch.manual_seed(1)
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses_of(resumed)[-3:] == pytest.approx(losses_of(whole)[-3:], rel=FLOAT64)
+    assert losses_of(resumed)[-3:] == pytest.approx(losses_of(whole)[-3:], rel=MODEL64)
     assert len(losses_of(whole)) == 6
     for name, parameter in whole.model.named_parameters():
         if parameter.requires_grad:
-            assert relative_error(resumed.model.get_parameter(name), parameter) < FLOAT64
+            assert relative_error(resumed.model.get_parameter(name), parameter) < MODEL64
     for name, window in norms_of(whole.model).items():
         assert (window >= 0).sum() == 6
         assert torch.allclose(norms_of(resumed.model)[name], window, rtol=rounding(40))
@@ -297,7 +297,7 @@ def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, t
         expected = output_of(model, INPUTS)
         model = offloaded(model, how, str(tmp_path))
         for _ in range(2):
-            assert relative_error(output_of(model, INPUTS), expected) < FLOAT64
+            assert relative_error(output_of(model, INPUTS), expected) < MODEL64
     with pytest.raises(
         RuntimeError, match=r"layer '?model\.layers\.\d\..*offloaded while gradients are enabled.*no_grad"
     ):
@@ -331,7 +331,7 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
             model(**INPUTS)
         return
     unmerged = model(**INPUTS).last_hidden_state
-    assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < FLOAT64
+    assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < MODEL64
 
 
 @pytest.mark.support("bf16 and fp16 autocast")

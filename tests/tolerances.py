@@ -10,6 +10,10 @@ their errors on, which add up: n counts the terms of all of them.
 Where the amplification is not known at all (gradients through softmax, quotients, long training runs), or where
 sharper eyes are wanted, a test computes in float64: `FLOAT64` leaves a factor of 4e5 of its eps to sums and
 amplification, and lies far below any fault. The fixture `float64` makes the models of a test so.
+
+Llama's and T5's norms compute in float32 whatever the dtype is (read in transformers 5.23): where two computations
+that differ in the 16th digit lie on either side of a float32 rounding, an element jumps by its eps. So outputs and
+gradients of models keep to `MODEL64`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch
 from torch import nn
 
 FLOAT64 = 1e-10
+MODEL64 = torch.finfo(torch.float32).eps
 
 
 def rounding(terms: int | nn.Module, dtype: torch.dtype | None = None) -> float:
@@ -46,9 +51,9 @@ def half_rounding(steps: int, dtype: torch.dtype) -> float:
 
 
 def assert_gradients_close(
-    actual: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor], terms: int = 3_000
+    actual: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor], terms: int = 3_000, bound: float = MODEL64
 ) -> None:
-    """Each gradient by its relative error: within `FLOAT64` if both are float64, else within the rounding of so many
+    """Each gradient by its relative error: within `bound` if both are float64, else within the rounding of so many
     terms (those of the tiny models: forward, backward, and the sum over tokens).
 
     A gradient that is small because large terms cancel has no more digits than they have: below a thousandth of the
@@ -60,4 +65,4 @@ def assert_gradients_close(
     for name, grad in expected.items():
         double = actual[name].dtype == grad.dtype == torch.float64
         error = float((actual[name].double() - grad.double()).norm())
-        assert error <= (FLOAT64 if double else rounding(terms)) * max(float(grad.norm()), 1e-3 * largest), name
+        assert error <= (bound if double else rounding(terms)) * max(float(grad.norm()), 1e-3 * largest), name
