@@ -422,8 +422,8 @@ class Relay:
         if forward_pass is not None and forward_pass.last >= position:
             return (
                 f"Layer {name!r} ran again in one forward pass, after {self.names[forward_pass.last]!r}: {needs}, and "
-                "cannot tell whose it is when a layer runs twice (as DeBERTa's query and key do, for positions). "
-                "Leave such layers out with exclude_modules, or use shortcut='block', which needs no order."
+                "cannot tell whose it is when a layer runs twice. Leave such layers out with exclude_modules, or use "
+                "shortcut='block', which needs no order."
             )
         return (
             f"Layer {name!r} ran before its predecessor {before!r}: {needs} in the same forward pass. Do not skip, "
@@ -435,8 +435,9 @@ class Relay:
         return (
             f"Layer {self.names[0]!r} ran again in one call of the model, before layer "
             f"{self.names[forward_pass.last + 1]!r} had its turn: the {self.shortcut!r} shortcut of adapter "
-            f"{self.adapter_name!r} cannot tell the two passes apart. Run one after the other, or use "
-            "shortcut='block', which needs no order."
+            f"{self.adapter_name!r} cannot tell the two passes apart. If blocks call such a layer twice (as DeBERTa's "
+            "query and key, for positions), leave it out with exclude_modules; if the model runs two inputs through "
+            "its blocks by turns, let it run one after the other; or use shortcut='block', which needs no order."
         )
 
 
