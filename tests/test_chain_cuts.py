@@ -284,3 +284,13 @@ def test_a_combination_that_would_lose_layers_is_refused():
     model.add_adapter("b", ResLoRAConfig(r=3, target_modules=["q_proj"], layers_to_transform=[2, 3]))
     with pytest.raises(ValueError, match=r"different layers_to_transform, \[\[0, 1\], \[2, 3\]\]"):
         model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both", combination_type="cat")
+
+
+def test_a_config_used_again_is_kept_where_its_cuts_are_the_same():
+    """As PEFT promises of `from_pretrained(config=config)`; on another model, the first one's cuts stay its own."""
+    config = ResLoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 2, 3])
+    models = [get_peft_model(TINY_MODELS["llama"].make(), config) for _ in range(2)]
+    assert all(model.peft_config["default"] is config for model in models)
+    other = get_peft_model(without_two_queries(), config)
+    assert other.peft_config["default"] is not config
+    assert config.chain_cuts == models[0].peft_config["default"].chain_cuts == ["model.layers.2"]

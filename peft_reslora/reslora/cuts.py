@@ -47,11 +47,10 @@ def is_new(config: ResLoRAConfig) -> bool:
     return config.chain_cuts == AUTO or isinstance(config.chain_cuts, FoundCuts)
 
 
-def own_config(config: ResLoRAConfig) -> ResLoRAConfig:
-    """The config for an adapter that is injected: a copy, if another one already keeps its cuts in this one."""
-    if isinstance(config.chain_cuts, FoundCuts):
-        config = copy.copy(config)
-        config.chain_cuts = AUTO
+def replace_cuts(config: ResLoRAConfig) -> ResLoRAConfig:
+    """A copy of the config whose cuts are still to be found."""
+    config = copy.copy(config)
+    config.chain_cuts = AUTO
     return config
 
 

@@ -21,7 +21,15 @@ from peft_reslora.fields import oversized, refuse_slow_patterns
 from peft_reslora.names import bare_name
 from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.cuts import cuts_of, cuts_to_keep, find_cuts, is_new, refuse_moved_rows
+from peft_reslora.reslora.cuts import (
+    FoundCuts,
+    cuts_of,
+    cuts_to_keep,
+    find_cuts,
+    is_new,
+    refuse_moved_rows,
+    replace_cuts,
+)
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.relay import add_doorway
 from peft_reslora.reslora.variant import Chain
@@ -167,9 +175,19 @@ def find_chains_before_injection(
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    targets = _targets_among(model, config, find_target_layers(model, config).layers if layers is None else layers)
+    if not is_new(config):
+        return _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
+    table = find_chains(targets, *chain_settings(config), find_cuts(model, targets, config.chain_pattern))
+    refuse_moved_rows(model, table)
+    return _checked(table)
+
+
+def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> list[Target]:
+    """Layers that are not adapted yet, as `config` would adapt them."""
     targets = []
     refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
-    for name, layer in (find_target_layers(model, config).layers if layers is None else layers).items():
+    for name, layer in layers.items():
         in_features, out_features = _get_in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
             continue  # a custom layer of PEFT's, which says so when it is made
@@ -178,11 +196,16 @@ def find_chains_before_injection(
         if fault := oversized(rank, in_features, out_features):
             raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
         targets.append(Target(bare_name(name, model), in_features, out_features, rank))
-    if not is_new(config):
-        return _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
-    table = find_chains(targets, *chain_settings(config), find_cuts(model, targets, config.chain_pattern))
-    refuse_moved_rows(model, table)
-    return _checked(table)
+    return targets
+
+
+def own_config(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> ResLoRAConfig:
+    """The config for an adapter of `layers`: a copy, if another one keeps in this one cuts that it would not have."""
+    if not isinstance(config.chain_cuts, FoundCuts):
+        return config
+    own = replace_cuts(config)
+    same = cuts_to_keep(model, own, _targets_among(model, own, layers)) == config.chain_cuts
+    return config if same else own
 
 
 def find_target_layers(

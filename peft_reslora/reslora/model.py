@@ -27,7 +27,6 @@ from peft_reslora.checkpoints import NativeCheckpoints, Parts, adapted_layers, c
 from peft_reslora.fields import refuse_slow_patterns
 from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.cuts import own_config
 from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linking import (
     chains_of,
@@ -35,6 +34,7 @@ from peft_reslora.reslora.linking import (
     find_chains_before_injection,
     find_target_layers,
     link_chains,
+    own_config,
 )
 from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.relay import doorway_of, remove_doorways
@@ -59,11 +59,12 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         with undone_on_failure(self, model, adapter_name):
             refuse_adapter_name(model, adapter_name, type(self))
             refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
             targets = find_target_layers(model, config, kwargs.get("state_dict"))
+            config = self.peft_config[adapter_name] = own_config(model, config, targets.layers)
             find_chains_before_injection(model, config, targets.layers)
             refuse_merged(model, adapter_name)
             targets.narrow(config)
