@@ -192,9 +192,13 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
             del stamps[adapter_name]
 
 
+@torch.compiler.disable
 def check_when_used(layer: nn.Module, args: object) -> None:
-    """A forward pre-hook, until all adapters have been checked; those that are neither loaded nor active wait."""
-    if not isinstance(layer, StampedLayer) or torch.compiler.is_compiling():
+    """A forward pre-hook, until all adapters have been checked; those that are neither loaded nor active wait.
+
+    In compiled code it breaks the graph of the first call, after which it is gone.
+    """
+    if not isinstance(layer, StampedLayer):
         return
     stamps: BufferDict = getattr(layer, layer.stamp_name)
     active = () if layer.disable_adapters else layer.active_adapters
