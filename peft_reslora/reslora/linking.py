@@ -175,6 +175,7 @@ def find_chains_before_injection(
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
     targets = _targets_among(model, config, find_target_layers(model, config).layers if layers is None else layers)
     if not is_new(config):
         return _checked(find_chains(targets, *chain_settings(config), cuts_of(config, targets)))
@@ -186,7 +187,6 @@ def find_chains_before_injection(
 def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> list[Target]:
     """Layers that are not adapted yet, as `config` would adapt them."""
     targets = []
-    refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
     for name, layer in layers.items():
         in_features, out_features = _get_in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
