@@ -134,6 +134,7 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     stamp_name: str  # the attribute that holds the stamps
     part_names: tuple[str, ...]  # the attributes that hold what belongs to an adapter, and is stamped
     r: dict[str, int]  # by adapter
+    _checked_by_compiler: set[str]  # adapters that were compared with their stamps while a graph was traced
 
     def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
         """The tensors that belong to the adapter on this layer, by all of `part_names`."""
@@ -161,12 +162,13 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
         device = next(tensor.device for tensor in parts.values() if tensor is not None)
         device = torch.device("cpu") if device.type == "meta" else device  # PEFT cannot move it from there
         stamps: BufferDict = getattr(self, self.stamp_name)
+        self._checked_by_compiler.discard(adapter_name)
         if not stamps:
             self.register_forward_pre_hook(check_when_used)
         stamps[adapter_name] = torch.zeros(1, stamp_size(len(parts)), device=device)
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Compare what was loaded with the stamp that came with it.
+        """Compare what was loaded with the stamp that came with it, once.
 
         Raises:
             RuntimeError: if it is not what was saved, or not for this computation, or an estimate has not come.
@@ -174,7 +176,12 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
         stamps: BufferDict = getattr(self, self.stamp_name)
         if adapter_name not in stamps:
             return
-        fault = fault_against(stamps[adapter_name], self.stamped_parts(adapter_name), self.computation(adapter_name))
+        if adapter_name not in self._checked_by_compiler:
+            self._refuse_unlike_stamp(adapter_name, stamps[adapter_name])
+        self.forget_stamp(adapter_name)
+
+    def _refuse_unlike_stamp(self, adapter_name: str, stamp: torch.Tensor) -> None:
+        fault = fault_against(stamp, self.stamped_parts(adapter_name), self.computation(adapter_name))
         if self.awaits_estimate(adapter_name):
             fault = "its config says that it was annealed, and no estimate was loaded"
         if fault is not None:
@@ -183,28 +190,41 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
                 f"used: {fault}. Load it again from a whole copy, with the config it was saved with. To train a new "
                 "adapter with the config of a saved one, set config.stamped = False (and config.estimate = None)."
             )
-        self.forget_stamp(adapter_name)
 
     def forget_stamp(self, adapter_name: str) -> None:
         """The adapter has been checked, or is of no interest any more."""
         stamps: BufferDict = getattr(self, self.stamp_name)
+        self._checked_by_compiler.discard(adapter_name)
         if adapter_name in stamps:
             del stamps[adapter_name]
 
 
-@torch.compiler.disable
 def check_when_used(layer: nn.Module, args: object) -> None:
-    """A forward pre-hook, until all adapters have been checked; those that are neither loaded nor active wait.
-
-    In compiled code it breaks the graph of the first call, after which it is gone.
-    """
+    """A forward pre-hook, until all adapters have been checked; those that are neither loaded nor active wait."""
     if not isinstance(layer, StampedLayer):
         return
+    if torch.compiler.is_compiling():
+        _check_while_tracing(layer)
+        return
     stamps: BufferDict = getattr(layer, layer.stamp_name)
-    active = () if layer.disable_adapters else layer.active_adapters
-    for adapter_name in list(stamps):
-        if adapter_name in active or stamps[adapter_name].any():
-            layer.check_loaded(adapter_name)
+    for adapter_name in _due(layer):
+        layer.check_loaded(adapter_name)
     if not stamps:
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is check_when_used]:
             del layer._forward_pre_hooks[key]
+
+
+@torch.compiler.assume_constant_result  # runs as it is when a graph is traced, and is not in the graph
+def _check_while_tracing(layer: StampedLayer) -> None:
+    """Check without changing what the compiler looks at; the stamps go with the first use outside of its graphs."""
+    for adapter_name in _due(layer):
+        layer._refuse_unlike_stamp(adapter_name, getattr(layer, layer.stamp_name)[adapter_name])
+        layer._checked_by_compiler.add(adapter_name)
+
+
+def _due(layer: StampedLayer) -> list[str]:
+    """The adapters that are to be checked now."""
+    stamps: BufferDict = getattr(layer, layer.stamp_name)
+    active = () if layer.disable_adapters else layer.active_adapters
+    unchecked = stamps.keys() - layer._checked_by_compiler if torch.compiler.is_compiling() else stamps
+    return [name for name in unchecked if name in active or stamps[name].any()]

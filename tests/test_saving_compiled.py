@@ -20,8 +20,9 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("tuner", CONFIGS)
-def test_what_transformers_loads_is_checked_under_compile(tuner, tmp_path):
+def test_what_transformers_loads_is_checked_under_compile(tuner, fullgraph, tmp_path):
     torch._dynamo.reset()
     base, inputs = TINY_MODELS["llama"].make(), TINY_MODELS["llama"].inputs()
     saved = randomize_adapters(get_peft_model(copy.deepcopy(base), CONFIGS[tuner]())).eval()
@@ -30,7 +31,7 @@ def test_what_transformers_loads_is_checked_under_compile(tuner, tmp_path):
     loaded.load_adapter(str(tmp_path / "whole"))
     with torch.no_grad():
         expected = output_of(saved, inputs)
-        actual = output_of(torch.compile(loaded.eval(), backend="eager"), inputs)
+        actual = output_of(torch.compile(loaded.eval(), backend="eager", fullgraph=fullgraph), inputs)
     assert relative_error(actual, expected) < 100 * torch.finfo(torch.float32).eps
     with torch.no_grad():
         for p in loaded.parameters():
@@ -45,5 +46,5 @@ def test_what_transformers_loads_is_checked_under_compile(tuner, tmp_path):
     damaged = copy.deepcopy(base)
     damaged.load_adapter(str(tmp_path / "whole"))
     with pytest.raises(Exception, match="is not what was saved"), torch.no_grad():
-        output_of(torch.compile(damaged.eval(), backend="eager"), inputs)
+        output_of(torch.compile(damaged.eval(), backend="eager", fullgraph=fullgraph), inputs)
     torch._dynamo.reset()

@@ -64,6 +64,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
         self.mora_stamp = BufferDict(persistent=True)
+        self._checked_by_compiler = set()
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
         self.square_size: dict[str, int] = {}
