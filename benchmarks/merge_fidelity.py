@@ -33,9 +33,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reslora import ResLoRAConfig
-from peft_reslora.recipes.annealing import anneal_shortcuts, annealed_share
 from peft_reslora.recipes.minilm import build_base, find_weights, load_base
 from peft_reslora.reslora import calibrate_merge
+from peft_reslora.training.annealing import anneal_shortcuts, annealed_share
 
 VARIANTS = {"input": ("input", 1), "middle, m=1": ("middle", 1), "middle, m=all": ("middle", -1)}
 ESTIMATORS = ("drop", "input_norm", "weight_norm", "least_squares")

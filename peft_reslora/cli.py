@@ -23,12 +23,10 @@ from peft_reslora.export import LoraExport, export_lora, export_lora_from_files
 from peft_reslora.export.base import base_classes, fitting_bases, is_oversized, without_weights
 from peft_reslora.export.card import method_name
 from peft_reslora.export.reading import read_config, read_tensors, refuse_patterns, refuse_uncovered
-from peft_reslora.export.text import printable
 from peft_reslora.mora.model import size_table
-from peft_reslora.names import bare_name
-from peft_reslora.reslora.chain import ChainTable, format_table
+from peft_reslora.reslora.chain_table import ChainTable
 from peft_reslora.reslora.linking import find_chains_before_injection
-from peft_reslora.reslora.merge import (
+from peft_reslora.reslora.merging.estimators import (
     SHORTCUT_PARTS,
     UNRECORDED,
     Block,
@@ -36,7 +34,10 @@ from peft_reslora.reslora.merge import (
     chains_of_blocks,
     is_exact,
 )
-from peft_reslora.stamps import STAMP_NAMES
+from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.stamps import STAMP_NAMES
+from peft_reslora.shared.tables import format_table
+from peft_reslora.shared.text import printable
 
 
 def say(text: object) -> None:

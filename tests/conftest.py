@@ -47,7 +47,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()  # collections need not look at what the imports made
     if session.config.getoption("--support-table"):
-        from support import support_table
+        from helpers.support import support_table
 
         sys.stdout.write(f"\n{support_table(session.config.stash[ALL_TESTS])}\n")
 

@@ -16,6 +16,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_reslora.shared.host import auto_classes
+
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -90,7 +92,7 @@ def unknown_layers(base_model: nn.Module, layers: Collection[str]) -> list[str]:
 
 def _of_auto_class(name: str, base_config: PretrainedConfig) -> Any:
     try:
-        found = getattr(transformers, name)._model_mapping.get(type(base_config), None)
+        found = auto_classes(getattr(transformers, name)).get(type(base_config), None)
     except (ImportError, AttributeError, ValueError):  # a class whose own requirements are not installed
         return None
     return found[0] if isinstance(found, (list, tuple)) else found

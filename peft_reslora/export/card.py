@@ -14,10 +14,10 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from peft_reslora.export.report import COLUMNS, ExportReport
-from peft_reslora.export.text import code, code_block, prose
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.model import size_table
-from peft_reslora.saving import WEIGHTS_FILE
+from peft_reslora.shared.saving import WEIGHTS_FILE
+from peft_reslora.shared.text import code, code_block, prose
 
 if TYPE_CHECKING:
     from peft_reslora.export.checkpoint import LoraExport

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_reslora.export.card import lora_card
-from peft_reslora.export.folder import replaced_folder
 from peft_reslora.export.report import ExportReport
-from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE
+from peft_reslora.shared.folders import replaced_folder
+from peft_reslora.shared.saving import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
 CARD_FILE, DIFFUSERS_FILE = "README.md", "pytorch_lora_weights.safetensors"

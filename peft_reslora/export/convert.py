@@ -40,8 +40,8 @@ from peft_reslora.export.targets import (
     target_names,
     tuner_layers,
 )
-from peft_reslora.names import unwrapped
-from peft_reslora.precision import full_precision
+from peft_reslora.shared.names import unwrapped
+from peft_reslora.shared.precision import full_precision
 
 _VLLM_DEFAULT_MAX_RANK = 16
 

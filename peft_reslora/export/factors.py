@@ -20,6 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.shared.host import Convolution
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -279,7 +281,7 @@ def _refuse_other_than_linear(layer: BaseTunerLayer) -> None:
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         raise ValueError("it adapts a parameter (target_parameters) and not a linear layer; use merge_and_unload()")
-    if isinstance(base, (nn.Embedding, nn.MultiheadAttention, nn.modules.conv._ConvNd)):
+    if isinstance(base, (nn.Embedding, nn.MultiheadAttention, Convolution)):
         raise ValueError(
             f"its base layer is {type(base).__name__}, and only linear layers (nn.Linear, Conv1D) are exported; train "
             "without it, or use merge_and_unload()"

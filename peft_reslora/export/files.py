@@ -17,14 +17,14 @@ from peft_reslora.export.source import MERGE_INSTEAD, in_layer
 from peft_reslora.export.targets import linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.operators import delta_weight, sharing_factors, square_size
-from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merge import (
+from peft_reslora.reslora.merging.estimators import (
     blocks_from_state_dict,
     chains_of_blocks,
     layer_is_exact,
     merged_factors_from_state_dict,
 )
+from peft_reslora.shared.precision import full_precision
 
 
 @full_precision()

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_reslora.export.card import pipeline_card
 from peft_reslora.export.checkpoint import CARD_FILE, DIFFUSERS_FILE, LoraExport
-from peft_reslora.export.folder import replaced_folder
+from peft_reslora.shared.folders import replaced_folder
 
 # Of transformers' models those that pipelines hold as text encoders, and with which names; of two in one pipeline, as
 # in SDXL, the second is the one with a projection. For other models of theirs, diffusers (0.42.1) reads no LoRA.

@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora import fields
 from peft_reslora.export.base import config_of_base, fitting_bases
 from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.source import MERGE_INSTEAD, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
-from peft_reslora.names import bare_name
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merge import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
-from peft_reslora.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
-from peft_reslora.stamps import fault_against
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
+from peft_reslora.shared import fields
+from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
+from peft_reslora.shared.stamps import fault_against
 
 # What the file of an adapter holds for each layer; of native adapters also a stamp (`stamps.py`).
 _STAMPS = {"MORA": "mora_stamp", "RESLORA": "lora_magnitude_vector"}

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from peft_reslora.export.text import printable
+from peft_reslora.shared.text import printable
 
 COLUMNS = ("layer", "exact", "merge", "rank", "kept", "energy kept", "relative error")
 

@@ -19,10 +19,11 @@ from peft_reslora.export.card import method_name
 from peft_reslora.export.factors import layer_factors
 from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
 from peft_reslora.export.targets import layers_over, tuner_layers
-from peft_reslora.precision import full_precision
 from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linked_chain import planned
 from peft_reslora.reslora.linking import chains_among
-from peft_reslora.reslora.variant import planned
+from peft_reslora.shared.host import has_adapter, own_parameters
+from peft_reslora.shared.precision import full_precision
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
 
@@ -111,9 +112,8 @@ def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> 
     users: dict[int, list[str]] = {}
     for name, module in modules.items():
         *_, base = layers_over(module)
-        for parameter in base._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
+        for parameter in own_parameters(base):
+            users.setdefault(id(parameter), []).append(name)
     return {
         name: next(user for user in names if user != name)
         for names in users.values()
@@ -142,12 +142,12 @@ def updates_in_model(
     with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
         for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
             for layer in layers_over(module):
-                if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._get_available_adapters():
+                if isinstance(layer, AuxiliaryTrainingWrapper) and has_adapter(layer, adapter_name):
                     raise ValueError(
                         f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which "
                         f"no LoRA can hold. {MERGE_INSTEAD}"
                     )
-                if isinstance(layer, BaseTunerLayer) and adapter_name in layer._get_available_adapters():
+                if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
                         factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
                         updates[name] = fit.update(factors, _merge_of(layer, adapter_name))

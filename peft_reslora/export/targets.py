@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora.names import unwrapped
+from peft_reslora.shared.names import unwrapped
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from peft import PeftConfig, PeftType
 
-from peft_reslora import fields
-from peft_reslora.saving import SavedWhole
+from peft_reslora.shared import fields
+from peft_reslora.shared.saving import SavedWhole
 
 from .operators import MoRAType
 

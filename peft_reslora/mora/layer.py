@@ -8,24 +8,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora.base_weights import (
+from peft_reslora.shared.base_weights import (
     give_back_weight,
     own_weight,
     refuse_overflow,
     refuse_unreadable,
     refuse_unwritable,
 )
-from peft_reslora.offloading import held_tensor, onloaded
-from peft_reslora.precision import full_precision
-from peft_reslora.quantized import keep_bias, kept_copy, put_back, refuse_repacked
-from peft_reslora.stamps import StampedLayer
+from peft_reslora.shared.host import BufferDict, apply_to_tensors, cast_input, in_out_features, own_parameter
+from peft_reslora.shared.offloading import held_tensor, onloaded
+from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.quantized import keep_bias, kept_copy, put_back, refuse_repacked
+from peft_reslora.shared.stamps import StampedLayer
 
 from .config import MoRAConfig
 from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
@@ -74,7 +74,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+        self.in_features, self.out_features = in_out_features(self.get_base_layer())  # type: ignore[assignment]
 
     def update_layer(self, adapter_name: str, r: int, config: MoRAConfig) -> None:
         """Add an adapter whose matrix has about as many entries as LoRA of rank `r`."""
@@ -182,7 +182,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         """
         base_layer = self.get_base_layer()
         refuse_repacked(base_layer, self.layer_name)
-        if self.quantization_backend is None and "weight" in base_layer._parameters:
+        if self.quantization_backend is None and own_parameter(base_layer, "weight") is not None:
             weight = held_tensor(base_layer, "weight").detach()
         else:
             weight = super().get_base_weight()
@@ -234,7 +234,7 @@ class MoRALinear(nn.Module, MoRALayer):
                 M = self.mora_M(adapter_name)
                 if (scale := self.scaling[adapter_name]) != 1:
                     M = M * scale
-                dropped = self.mora_dropout[adapter_name](self._cast_input_dtype(x, M.dtype))
+                dropped = self.mora_dropout[adapter_name](cast_input(self, x, M.dtype))
                 result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
         return result.to(dtype)
 
@@ -328,7 +328,7 @@ class MoRALinear(nn.Module, MoRALayer):
         super()._apply(fn, recurse)
         for kept in self._unmerged:
             if isinstance(kept, nn.Module):  # a plain weight may be another module's too, and follows when put back
-                kept._apply(fn)
+                apply_to_tensors(kept, fn)
         return self
 
     def __repr__(self) -> str:

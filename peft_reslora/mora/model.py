@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -20,12 +20,19 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_reslora.base_weights import merged_or_not, refuse_inseparable, refuse_shared_modules, refuse_unknown, untie
-from peft_reslora.checkpoints import NativeCheckpoints, refuse_adapter_name
-from peft_reslora.fields import oversized, refuse_slow_patterns
-from peft_reslora.precision import full_precision
-from peft_reslora.targets import find_targets, is_plain_linear, refuse_merged
-from peft_reslora.undo import configs_kept, undone_on_failure
+from peft_reslora.shared.base_weights import (
+    merged_or_not,
+    refuse_inseparable,
+    refuse_shared_modules,
+    refuse_unknown,
+    untie,
+)
+from peft_reslora.shared.checkpoints import NativeCheckpoints, refuse_adapter_name
+from peft_reslora.shared.fields import oversized, refuse_slow_patterns
+from peft_reslora.shared.host import in_out_features
+from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.targets import find_targets, is_plain_linear, refuse_merged
+from peft_reslora.shared.undo import configs_kept, undone_on_failure
 
 from .config import MoRAConfig
 from .layer import MoRALayer, MoRALinear
@@ -94,7 +101,7 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
 
     def _refuse_oversized(self, peft_config: Any, name: str, module: nn.Module) -> None:
         base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        in_features, out_features = _get_in_out_features(base_layer)
+        in_features, out_features = in_out_features(base_layer)
         pattern = peft_config.rank_pattern or {}
         r = pattern.get(get_pattern_key(list(pattern), name), peft_config.r)
         if in_features and out_features and (fault := oversized(r, in_features, out_features)):
@@ -237,7 +244,7 @@ def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, 
 def _is_split(module: nn.Module) -> bool:
     """Whether a process computes with a part of the layer only, which PEFT then takes for the whole (0.21.2)."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, DTensor) and _get_in_out_features(module) != (weight.shape[1], weight.shape[0])
+    return isinstance(weight, DTensor) and in_out_features(module) != (weight.shape[1], weight.shape[0])
 
 
 def _why_not(module: nn.Module, quantization: dict[str, Any]) -> str | None:

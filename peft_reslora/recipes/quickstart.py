@@ -26,8 +26,8 @@ from peft_reslora.recipes.minilm import build_base, encode, find_weights, load_b
 from peft_reslora.recipes.plots import plot_losses
 from peft_reslora.recipes.stdlib_docstrings import Split, load_split
 from peft_reslora.recipes.training import RANK, TARGET_MODULES, Run, Task, tabulate, train_both
-from peft_reslora.reslora.chain import format_table
 from peft_reslora.reslora.config import Shortcut
+from peft_reslora.shared.tables import format_table
 
 # Merging adds B A to W before the product with x instead of after it, which in float32 moves the logits by about 1e-6
 # of their size; a wrong scaling, rank or layer moves them by more than 1e-2. The limit is far from both.

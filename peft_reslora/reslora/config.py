@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
-from peft_reslora import fields
-from peft_reslora.reslora.chain import AUTO, BY_NUMBER
-from peft_reslora.saving import SavedWhole
+from peft_reslora.reslora.chain_table import AUTO, BY_NUMBER
+from peft_reslora.shared import fields
+from peft_reslora.shared.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
 MergeEstimator = Literal["input_norm", "weight_norm", "least_squares", "drop"]

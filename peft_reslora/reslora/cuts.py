@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora.names import bare_name
-from peft_reslora.reslora.chain import (
+from peft_reslora.reslora.chain_table import (
     AUTO,
     BY_NUMBER,
     ChainTable,
@@ -28,6 +27,8 @@ from peft_reslora.reslora.chain import (
     kept_cuts,
     shortest_cuts,
 )
+from peft_reslora.shared.host import in_out_features
+from peft_reslora.shared.names import bare_name
 
 if TYPE_CHECKING:
     from peft_reslora.reslora.config import ResLoRAConfig
@@ -134,7 +135,7 @@ def _linear_layers(modules: Mapping[str, nn.Module]) -> Iterator[Target]:
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear | Conv1D) or hasattr(module, "infeatures"):
-        in_features, out_features = _get_in_out_features(module)  # private in PEFT, read in 0.21.2
+        in_features, out_features = in_out_features(module)  # private in PEFT, read in 0.21.2
     else:
         in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (in_features, out_features) if isinstance(in_features, int) and isinstance(out_features, int) else None

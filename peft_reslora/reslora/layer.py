@@ -17,24 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import transpose
 from torch import nn
 
-from peft_reslora.base_weights import (
+from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
+from peft_reslora.reslora.variant import ResLoRAVariant
+from peft_reslora.shared.base_weights import (
     computed_weight,
     give_back_weight,
     own_weight,
     refuse_overflow,
     refuse_unwritable,
 )
-from peft_reslora.offloading import held_tensor, onloaded
-from peft_reslora.precision import full_precision
-from peft_reslora.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
-from peft_reslora.reslora.merge import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
-from peft_reslora.reslora.variant import Chain, ResLoRAVariant, is_transformed, restore, stored, unseen_by_modes
-from peft_reslora.stamps import StampedLayer
+from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, unseen_by_modes
+from peft_reslora.shared.offloading import held_tensor, onloaded
+from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
+from peft_reslora.shared.stamps import StampedLayer
+from peft_reslora.shared.tensors import restore, stored
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
 # TransformerEngine, embeddings, convolutions, attention, parameters) would train plain LoRA and are refused.
@@ -356,7 +358,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         base_layer = self.get_base_layer()
         if type(self) is not Linear:
             return dequantised_weight(base_layer)
-        if "weight" in base_layer._parameters:
+        if own_parameter(base_layer, "weight") is not None:
             return held_tensor(base_layer, "weight").detach()
         return transpose(computed_weight(base_layer), self.fan_in_fan_out)
 

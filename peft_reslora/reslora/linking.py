@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_reslora.fields import oversized, refuse_slow_patterns
-from peft_reslora.names import bare_name
-from peft_reslora.reslora.chain import ChainTable, Target, chain_settings, find_chains, shortest_cuts
+from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import (
     FoundCuts,
@@ -31,12 +29,15 @@ from peft_reslora.reslora.cuts import (
     replace_cuts,
 )
 from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.relay import add_doorway
-from peft_reslora.reslora.variant import Chain
-from peft_reslora.targets import Targets, find_targets, is_plain_linear, is_routed
+from peft_reslora.shared.fields import oversized, refuse_slow_patterns
+from peft_reslora.shared.host import Convolution, custom_modules, in_out_features
+from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
-_REFUSED_BASE_LAYERS = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_REFUSED_BASE_LAYERS = (nn.Embedding, Convolution, nn.MultiheadAttention)
 
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
@@ -188,7 +189,7 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
     """Layers that are not adapted yet, as `config` would adapt them."""
     targets = []
     for name, layer in layers.items():
-        in_features, out_features = _get_in_out_features(_base_of(layer))
+        in_features, out_features = in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
             continue  # a custom layer of PEFT's, which says so when it is made
         pattern = config.rank_pattern or {}
@@ -216,7 +217,7 @@ def find_target_layers(
     Raises:
         ValueError: naming target layers that ResLoRA cannot adapt or link.
     """
-    custom = tuple(config._custom_modules or ())
+    custom = custom_modules(config)
 
     def why_not(layer: nn.Module) -> str | None:
         base = _base_of(layer)
@@ -226,7 +227,7 @@ def find_target_layers(
             return "which is no linear layer (modules_to_save and trainable_token_indices train embeddings)"
         with warnings.catch_warnings():  # of a type that PEFT does not know
             warnings.simplefilter("ignore")
-            known = not isinstance(base, _REFUSED_BASE_LAYERS) and _get_in_out_features(base) != (None, None)
+            known = not isinstance(base, _REFUSED_BASE_LAYERS) and in_out_features(base) != (None, None)
         return None if known else "which is no linear layer"
 
     return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)

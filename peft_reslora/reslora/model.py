@@ -10,24 +10,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from peft_reslora.base_weights import (
-    broken_adapter_message,
-    merged_or_not,
-    own_memory,
-    refuse_inseparable,
-    refuse_shared_modules,
-    refuse_unknown,
-    untie,
-)
-from peft_reslora.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
-from peft_reslora.fields import refuse_slow_patterns
-from peft_reslora.precision import full_precision
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
+from peft_reslora.reslora.linked_chain import Chain, planned
 from peft_reslora.reslora.linking import (
     chains_of,
     combined_cuts,
@@ -36,11 +24,24 @@ from peft_reslora.reslora.linking import (
     link_chains,
     own_config,
 )
-from peft_reslora.reslora.merge import SHORTCUT_PARTS, is_exact
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact
 from peft_reslora.reslora.relay import doorway_of, remove_doorways
-from peft_reslora.reslora.variant import Chain, planned, restore, stored
-from peft_reslora.targets import refuse_merged
-from peft_reslora.undo import configs_kept, undone_on_failure
+from peft_reslora.shared.base_weights import (
+    broken_adapter_message,
+    merged_or_not,
+    own_memory,
+    refuse_inseparable,
+    refuse_shared_modules,
+    refuse_unknown,
+    untie,
+)
+from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
+from peft_reslora.shared.fields import refuse_slow_patterns
+from peft_reslora.shared.host import BufferDict, own_parameter
+from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.targets import refuse_merged
+from peft_reslora.shared.tensors import restore, stored
+from peft_reslora.shared.undo import configs_kept, undone_on_failure
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             for layer in layers.values():
                 layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
             own = set() if keep_base_weights else own_memory(self.model)
-            weights = {id(layer): layer.get_base_layer()._parameters.get("weight") for layer in layers.values()}
+            weights = {id(layer): own_parameter(layer.get_base_layer(), "weight") for layer in layers.values()}
             in_place = {layer for layer, weight in weights.items() if id(weight) in own}
             try:
                 for chain in chains:

@@ -11,9 +11,8 @@ between, so that nothing depends on time. Within a region the layers of a chain 
   during the backward pass. No edge can cross, so the gradient is carried by hand, in a `Ledger`.
 
 Private in torch (read in 2.13): the closures of the checkpoint's saved-tensor hooks and the local names of
-`torch.utils.checkpoint`, which are the only way to its frames; `_current_graph_task_id`, which
-`torch.utils.checkpoint` uses itself; and `_top_saved_tensors_default_hooks`, which tells whether any hook is there. A
-public name for the region that is running would end the need.
+`torch.utils.checkpoint`, which are the only way to its frames. A public name for the region that is running would end
+the need.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from peft_reslora.shared.host import BACKWARD_ENGINE, backward_task, pack_hook, version_of
+
 _REGION = "peft_reslora_region"  # attribute of torch's object for a region
 _CHECKPOINT_GLOBALS = vars(torch.utils.checkpoint)
-_ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
 class Ledger:
@@ -190,9 +190,7 @@ class Surroundings(NamedTuple):
 
     @classmethod
     def now(cls) -> Surroundings:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        pack = None if hooks is None else hooks[0]
-        return cls(pack, torch.is_grad_enabled(), torch._C._current_graph_task_id())
+        return cls(pack_hook(), torch.is_grad_enabled(), backward_task())
 
     @property
     def plain(self) -> bool:
@@ -234,7 +232,7 @@ def _running(pack: Any) -> list[_Found]:
     """The regions that are running, innermost first, out to the first recomputation or backward pass."""
     running: list[_Found] = []
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not _ENGINE:
+    while frame is not None and frame.f_code is not BACKWARD_ENGINE:
         if (found := _of_frame(frame)) is not None:
             running.append(found)
             if found.recomputed:
@@ -322,7 +320,7 @@ class Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
         ledger, giver, taker, task = ctx.entry
-        ledger.deposit(giver, taker, torch._C._current_graph_task_id() if task is None else task, grad)
+        ledger.deposit(giver, taker, backward_task() if task is None else task, grad)
         return None, None, None, None
 
 
@@ -342,11 +340,6 @@ def take(
     if task is not None and torch.is_grad_enabled():
         ledger.expected[giver, taker] = task
     return Take.apply(_anchor(value), carrier, value, (ledger, giver, taker, task))
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often the tensor has been changed in place; 0 where nobody counts."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _anchor(value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_reslora.reslora.chain import reach
+from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.recompute import (
     INSIDE,
     NO_REGION,
@@ -36,9 +36,9 @@ from peft_reslora.reslora.recompute import (
     enclosing_regions,
     give,
     take,
-    version_of,
 )
 from peft_reslora.reslora.shortcuts import SharedSum
+from peft_reslora.shared.host import pre_hooks, remove_hooks, version_of
 
 _keys = itertools.count()
 _T = TypeVar("_T")
@@ -141,7 +141,7 @@ def _is_running(module: nn.Module) -> bool:
 
 def doorway_of(module: nn.Module) -> Doorway | None:
     """The doorway on a module, if it has one."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in pre_hooks(module))
     return next((owner for owner in owners if isinstance(owner, Doorway)), None)
 
 
@@ -157,10 +157,7 @@ def add_doorway(module: nn.Module) -> Doorway:
 def remove_doorways(model: nn.Module) -> None:
     """Take all doorways off a model from which the adapters are gone."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Doorway)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), Doorway))
 
 
 @dataclass

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from peft_reslora.shared.host import version_of
+
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -72,7 +74,7 @@ class SharedSum:
     def __call__(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         if x.is_inference():  # such tensors do not count their changes
             return x + previous
-        last, state = self._last, (x._version, previous._version, torch.is_grad_enabled())
+        last, state = self._last, (version_of(x), version_of(previous), torch.is_grad_enabled())
         if last is not None and last[0]() is x and last[1]() is previous and last[2] == state:
             return last[3]
         total = x + previous

@@ -17,9 +17,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_reslora.names import bare_name
-from peft_reslora.reslora.calibrate import to_device
-from peft_reslora.reslora.chain import ChainTable, Target, reach
+from peft_reslora.reslora.chain_table import ChainTable, Target, reach
+from peft_reslora.reslora.merging.calibrate import to_device
+from peft_reslora.shared.host import is_from_function, set_adapters_off
+from peft_reslora.shared.names import bare_name
 
 _PREFIX = "base_model.model."
 
@@ -76,7 +77,7 @@ class _Tracer:
                 waiting.extend(unknown)
                 continue
             waiting.pop()
-            found = 1 << current.index if isinstance(current, _Mark._backward_cls) else 0
+            found = 1 << current.index if is_from_function(current, _Mark) else 0
             for n in before:
                 found |= self._givers[n]
             self._givers[current] = found
@@ -123,11 +124,11 @@ def _as_plain_base(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         for layer in running:
-            layer._disable_adapters = True  # private in PEFT (read in 0.21.2); its method would change requires_grad
+            set_adapters_off(layer, True)
         yield
     finally:
         for layer in running:
-            layer._disable_adapters = False
+            set_adapters_off(layer, False)
         for module in training:
             module.training = True
 

@@ -5,25 +5,17 @@ PEFT's `LoraVariant` (private, read in 0.21.0 to 0.21.2) is asked for the forwar
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from peft_reslora.offloading import held_tensor
-from peft_reslora.reslora.chain import reach
-from peft_reslora.reslora.merge import Block, ChainMerge, check_finite
-from peft_reslora.reslora.relay import Doorway, Relay
+from peft_reslora.reslora.chain_table import reach
+from peft_reslora.reslora.linked_chain import Chain, readable
 from peft_reslora.reslora.shortcuts import (
     ProjectedSum,
     add_update,
@@ -33,111 +25,10 @@ from peft_reslora.reslora.shortcuts import (
     middle_hidden,
     whole_update_is_cheaper,
 )
+from peft_reslora.shared.host import is_bare_linear, is_tensor_parallel, is_transformed
 
 if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
     from peft_reslora.reslora.layer import ResLoRALayer
-
-
-class Chain:
-    """The layers of one chain of one adapter, in order.
-
-    The layers are referred to weakly: each stays where it is in the model, and a model, or a part of it, is freed,
-    copied and pickled without the others. The layers of a copy enter themselves into the copy of the chain.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        layers: Sequence[ResLoRALayer],
-        adapter_name: str,
-        config: ResLoRAConfig,
-        doorways: Sequence[Doorway] = (),
-    ) -> None:
-        self.names = list(names)
-        self.adapter_name = adapter_name
-        self.config = config
-        self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
-        self.keeps_base_weights = True
-        self.merges_checked = False  # by whoever merges all layers
-        self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
-        self.planned: ChainMerge | None = None
-        self.keeps_plan = False
-        self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
-        self._members: list[Any] = [weakref.ref(layer) for layer in layers]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def layers(self) -> list[ResLoRALayer]:
-        """All layers.
-
-        Raises:
-            RuntimeError: if the model holds a part of them only.
-        """
-        return [self.layer(position) for position in range(len(self))]
-
-    def layer(self, position: int) -> ResLoRALayer:
-        """The layer at `position`.
-
-        Raises:
-            RuntimeError: if it is not in the model.
-        """
-        member = self._members[position]
-        layer = None if member is None else member()
-        if layer is None:
-            raise RuntimeError(
-                f"Layer {self.names[position]!r}, which is in one chain of adapter {self.adapter_name!r} with "
-                f"{self.names[0 if position else -1]!r}, is not in this model: it was taken out, or this is a copy of "
-                "a part of the model, such as a pipeline stage. Use the whole model; or adapt the parts one by one, "
-                "so that no chain goes from one to another."
-            )
-        return layer
-
-    def enter(self, position: int, layer: ResLoRALayer) -> None:
-        """Give a copied layer its place in the copy of the chain."""
-        self._members[position] = weakref.ref(layer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_members": [None] * len(self)}
-
-    def blocks(self) -> list[Block]:
-        name = self.adapter_name
-        for layer in self.layers:
-            layer.check_loaded(name)
-        return [
-            Block(
-                layer_name,
-                readable(layer.lora_A[name], layer_name, _FROM_FILES, offloaded=True).detach(),
-                readable(layer.lora_B[name], layer_name, _FROM_FILES, offloaded=True).detach(),
-                layer.scaling[name],
-                stored(layer.lora_norm, name),
-                layer.unmerged_base_weight,
-                stored(layer.lora_shortcut, name),
-                stored(layer.lora_calibrated, name),
-                float(stored(layer.lora_annealed, name) or 0.0),
-            )
-            for layer_name, layer in zip(self.names, self.layers, strict=True)
-        ]
-
-    def merge(self) -> ChainMerge:
-        """How the chain merges: as it was planned before the first weight was changed, or computed now."""
-        if self.planned is not None:
-            return self.planned
-        merge = ChainMerge.of(self.blocks(), self.config)
-        if self.keeps_plan:
-            self.planned = merge
-        return merge
-
-    def coefficients(self) -> Sequence[Sequence[float]]:
-        return self.merge().coefficients
-
-    def merged_factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
-        A, B = self.merge().factors(position)
-        check_finite(A, B, self.names[position], self.adapter_name)
-        return A, B
 
 
 class _Way(NamedTuple):
@@ -153,21 +44,6 @@ class _Way(NamedTuple):
 
     hands: bool
     calls: bool
-
-
-@contextmanager
-def planned(chains: Iterable[Chain]) -> Iterator[None]:
-    """Let the merge of each chain be computed once, when it is first asked for, while nothing trains."""
-    chains = [chain for chain in chains if not chain.keeps_plan]
-    layers = [chain.layers for chain in chains]  # held while unloading takes them out of the model one by one
-    for chain in chains:
-        chain.keeps_plan = True
-    try:
-        yield
-    finally:
-        del layers
-        for chain in chains:
-            chain.keeps_plan, chain.planned = False, None
 
 
 class ResLoRAVariant(LoraVariant):
@@ -252,7 +128,7 @@ class ResLoRAVariant(LoraVariant):
 
         def look(positions: Iterable[int]) -> _Way:
             sharded = any(map(self._is_sharded, positions))
-            return _Way(sharded, any(has_hooks(linear) for k in positions for linear in self._linears(k)))
+            return _Way(sharded, not all(is_bare_linear(linear) for k in positions for linear in self._linears(k)))
 
         if torch.compiler.is_compiling():  # what is looked at is guarded
             return look(self._neighbors())
@@ -317,7 +193,7 @@ class ResLoRAVariant(LoraVariant):
         linears, name, span = self._linears(self.position), self.chain.names[self.position], self._span()
         own = [
             weight_by_call(linear)
-            if has_hooks(linear) and not isinstance(linear.weight, DTensor)
+            if not is_bare_linear(linear) and not isinstance(linear.weight, DTensor)
             else readable(linear, name)
             for linear in linears
         ]
@@ -338,8 +214,8 @@ class ResLoRAVariant(LoraVariant):
             linear.weight.device_mesh for linear in self._linears(position) if isinstance(linear.weight, DTensor)
         ]
         base_layer = self.chain.layer(position).get_base_layer()
-        # PEFT's own mark (read in 0.21.2); more than one dimension of the mesh is sharded besides.
-        return bool(meshes) and (getattr(base_layer, "_hf_tp_plan", None) is None or meshes[0].ndim > 1)
+        # More than one dimension of the mesh is sharded besides.
+        return bool(meshes) and (not is_tensor_parallel(base_layer) or meshes[0].ndim > 1)
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b = self._linears(position)
@@ -366,53 +242,12 @@ class ResLoRAVariant(LoraVariant):
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
-def stored(buffers: BufferDict, adapter_name: str) -> torch.Tensor | None:
-    """The adapter's buffer, if there is one."""
-    return buffers[adapter_name] if adapter_name in buffers else None  # noqa: SIM401 - it has no `get`
-
-
-def restore(buffers: BufferDict, adapter_name: str, buffer: torch.Tensor | None) -> None:
-    """Put back what `stored` gave; None takes the adapter's buffer away."""
-    if buffer is not None:
-        buffers[adapter_name] = buffer
-    elif adapter_name in buffers:
-        del buffers[adapter_name]
-
-
 def is_plain(linear: nn.Module) -> bool:
     """Whether a call of `linear` does nothing but multiply by its weight: no hooks, no wrapped forward, no sharding.
 
     Offloading and sharding engines act on calls of the modules `lora_A` and `lora_B`.
     """
-    return not (has_hooks(linear) or isinstance(linear.weight, DTensor))
-
-
-def has_hooks(linear: nn.Module) -> bool:
-    """Whether a call of `linear` does more than multiply by its weight, as under ZeRO-3 and offloading."""
-    return (
-        type(linear) is not nn.Linear
-        or bool(linear._forward_hooks or linear._forward_pre_hooks)
-        or "forward" in linear.__dict__
-    )
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active, which see no custom Function.
-
-    Private in torch (read in 2.13).
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def unseen_by_modes() -> AbstractContextManager[Any]:
-    """Around operations that a recomputation does not repeat: selective checkpointing counts those that it sees, and
-    would take one for another.
-
-    Private in torch (read in 2.13).
-    """
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
-        return nullcontext()
-    return _disable_current_modes()
+    return is_bare_linear(linear) and not isinstance(linear.weight, DTensor)
 
 
 def is_inactive(dropout: nn.Module) -> bool:
@@ -423,31 +258,3 @@ def is_inactive(dropout: nn.Module) -> bool:
 def weight_by_call(linear: nn.Linear) -> torch.Tensor:
     """The weight `(out, in)`, as what a call makes of the identity, where hooks load it only for the call."""
     return linear(torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)).t()
-
-
-_OTHER_SHORTCUT = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
-_FROM_FILES = (
-    "Let the trainer save the adapter, and merge or export it from there: load it into a model without sharding and "
-    "offloading, or call `peft-reslora export`."
-)
-
-
-def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT, *, offloaded: bool = False) -> torch.Tensor:
-    """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
-
-    Args:
-        linear: lora_A or lora_B.
-        name: the layer's, for the message.
-        advice: what to do, for the message.
-        offloaded: read what accelerate has offloaded from where it is kept, which no gradient reaches.
-
-    Raises:
-        RuntimeError: if it is sharded, or offloaded otherwise.
-    """
-    weight = held_tensor(linear, "weight") if offloaded else linear.weight
-    if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
-        raise RuntimeError(
-            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
-            f"pass. {advice}"
-        )
-    return weight

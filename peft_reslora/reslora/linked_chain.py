@@ -1,0 +1,166 @@
+"""`Chain`: the layers of one chain of one adapter, as they stand in the model."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_reslora.reslora.merging.estimators import Block, ChainMerge, check_finite
+from peft_reslora.reslora.relay import Doorway, Relay
+from peft_reslora.shared.offloading import held_tensor
+from peft_reslora.shared.tensors import stored
+
+if TYPE_CHECKING:
+    from peft_reslora.reslora.config import ResLoRAConfig
+    from peft_reslora.reslora.layer import ResLoRALayer
+
+
+class Chain:
+    """The layers of one chain of one adapter, in order.
+
+    The layers are referred to weakly: each stays where it is in the model, and a model, or a part of it, is freed,
+    copied and pickled without the others. The layers of a copy enter themselves into the copy of the chain.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        layers: Sequence[ResLoRALayer],
+        adapter_name: str,
+        config: ResLoRAConfig,
+        doorways: Sequence[Doorway] = (),
+    ) -> None:
+        self.names = list(names)
+        self.adapter_name = adapter_name
+        self.config = config
+        self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
+        self.keeps_base_weights = True
+        self.merges_checked = False  # by whoever merges all layers
+        self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
+        self.planned: ChainMerge | None = None
+        self.keeps_plan = False
+        self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
+        self._members: list[Any] = [weakref.ref(layer) for layer in layers]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def layers(self) -> list[ResLoRALayer]:
+        """All layers.
+
+        Raises:
+            RuntimeError: if the model holds a part of them only.
+        """
+        return [self.layer(position) for position in range(len(self))]
+
+    def layer(self, position: int) -> ResLoRALayer:
+        """The layer at `position`.
+
+        Raises:
+            RuntimeError: if it is not in the model.
+        """
+        member = self._members[position]
+        layer = None if member is None else member()
+        if layer is None:
+            raise RuntimeError(
+                f"Layer {self.names[position]!r}, which is in one chain of adapter {self.adapter_name!r} with "
+                f"{self.names[0 if position else -1]!r}, is not in this model: it was taken out, or this is a copy of "
+                "a part of the model, such as a pipeline stage. Use the whole model; or adapt the parts one by one, "
+                "so that no chain goes from one to another."
+            )
+        return layer
+
+    def enter(self, position: int, layer: ResLoRALayer) -> None:
+        """Give a copied layer its place in the copy of the chain."""
+        self._members[position] = weakref.ref(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": [None] * len(self)}
+
+    def blocks(self) -> list[Block]:
+        name = self.adapter_name
+        for layer in self.layers:
+            layer.check_loaded(name)
+        return [
+            Block(
+                layer_name,
+                readable(layer.lora_A[name], layer_name, _FROM_FILES, offloaded=True).detach(),
+                readable(layer.lora_B[name], layer_name, _FROM_FILES, offloaded=True).detach(),
+                layer.scaling[name],
+                stored(layer.lora_norm, name),
+                layer.unmerged_base_weight,
+                stored(layer.lora_shortcut, name),
+                stored(layer.lora_calibrated, name),
+                float(stored(layer.lora_annealed, name) or 0.0),
+            )
+            for layer_name, layer in zip(self.names, self.layers, strict=True)
+        ]
+
+    def merge(self) -> ChainMerge:
+        """How the chain merges: as it was planned before the first weight was changed, or computed now."""
+        if self.planned is not None:
+            return self.planned
+        merge = ChainMerge.of(self.blocks(), self.config)
+        if self.keeps_plan:
+            self.planned = merge
+        return merge
+
+    def coefficients(self) -> Sequence[Sequence[float]]:
+        return self.merge().coefficients
+
+    def merged_factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
+        A, B = self.merge().factors(position)
+        check_finite(A, B, self.names[position], self.adapter_name)
+        return A, B
+
+
+@contextmanager
+def planned(chains: Iterable[Chain]) -> Iterator[None]:
+    """Let the merge of each chain be computed once, when it is first asked for, while nothing trains."""
+    chains = [chain for chain in chains if not chain.keeps_plan]
+    layers = [chain.layers for chain in chains]  # held while unloading takes them out of the model one by one
+    for chain in chains:
+        chain.keeps_plan = True
+    try:
+        yield
+    finally:
+        del layers
+        for chain in chains:
+            chain.keeps_plan, chain.planned = False, None
+
+
+_OTHER_SHORTCUT = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
+_FROM_FILES = (
+    "Let the trainer save the adapter, and merge or export it from there: load it into a model without sharding and "
+    "offloading, or call `peft-reslora export`."
+)
+
+
+def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT, *, offloaded: bool = False) -> torch.Tensor:
+    """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
+
+    Args:
+        linear: lora_A or lora_B.
+        name: the layer's, for the message.
+        advice: what to do, for the message.
+        offloaded: read what accelerate has offloaded from where it is kept, which no gradient reaches.
+
+    Raises:
+        RuntimeError: if it is sharded, or offloaded otherwise.
+    """
+    weight = held_tensor(linear, "weight") if offloaded else linear.weight
+    if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
+        raise RuntimeError(
+            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
+            f"pass. {advice}"
+        )
+    return weight

@@ -1,0 +1,396 @@
+"""`calibrate_merge`: the shortcut as the best linear map of the layer's own input.
+
+The term that a shortcut adds to A_n x_n is t_n = A_n x_{n-1} for 'input' and sum_k A_{n-k} x_{n-k} for 'middle'. Over
+calibration tokens, C_n = argmin_C sum |t_n - C x_n|^2 + ridge |C|^2, and the merged factor is A_n + C_n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+from peft_reslora.reslora.chain_table import reach
+from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.linking import chains_of
+from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.tensors import widen
+
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+_HELD_OUT = 4  # one sequence in so many chooses the ridge
+_GIB = 2**30
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How a layer's C_n was fitted.
+
+    Args:
+        ridge: what was added to the diagonal of X^T X, as a multiple of its mean.
+        error: ||t - C x|| / ||t|| over the held-out tokens; over all of them if the ridge was given.
+    """
+
+    ridge: float
+    error: float
+
+
+class Moments:
+    """Sums over tokens, accumulated in float64: X^T X `(in, in)`, X^T T `(in, r)` and the sum of all T^2.
+
+    Tokens wait until there are as many as features, so that small batches cost no more than large ones. The products
+    of one such lot are in the activations' own precision (float32 at least). Their rounding is relative to each
+    feature's own size, and where it matters the regression is singular and a larger ridge is taken.
+    """
+
+    def __init__(self, in_features: int, rank: int, device: torch.device) -> None:
+        shapes = ((in_features, in_features), (in_features, rank), ())
+        self._sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor, term: torch.Tensor) -> None:
+        """Count in the tokens `x (tokens, in)` with the values `term (tokens, r)`."""
+        self._waiting.append((x, term))
+        if sum(len(x) for x, _ in self._waiting) >= x.shape[1]:
+            self._count()
+
+    def _count(self) -> None:
+        if self._waiting:
+            x, term = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            for total, product in zip(
+                self._sums, (x.t() @ x, x.t() @ term, term.double().square().sum()), strict=True
+            ):
+                total += product
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._count()
+        xx, xt, tt = self._sums
+        return xx, xt, tt
+
+    def merge(self, other: Moments) -> None:
+        for total, more in zip(self.sums, other.sums, strict=True):
+            total += more
+
+
+def ridge_regression(moments: Moments, ridge: float) -> torch.Tensor | None:
+    """C `(r, in)` that minimises sum |t - C x|^2 + ridge m |C|^2, with m the mean of the diagonal of X^T X.
+
+    None where the regularised matrix is singular.
+    """
+    xx, xt, _ = moments.sums
+    regularised = xx.clone()
+    regularised.diagonal().add_(ridge * xx.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(regularised)
+    return None if info.item() else torch.cholesky_solve(xt, factor).t()
+
+
+def residual(moments: Moments, C: torch.Tensor) -> float:
+    """||t - C x|| / ||t|| over the tokens of `moments`; 0 where t is."""
+    xx, xt, tt = moments.sums
+    if not tt > 0:
+        return 0.0
+    error = tt - 2 * (C.t() * xt).sum() + ((C @ xx) * C).sum()
+    return math.sqrt(max(0.0, float(error / tt)))
+
+
+def choose_ridge(fit: Moments, held_out: Moments) -> tuple[float, float]:
+    """The ridge with which the regression on `fit` errs least on `held_out`, and that error.
+
+    From the largest down, until the error grows or the regression is singular.
+    """
+    best = RIDGES[0], math.inf
+    for ridge in RIDGES:
+        if (C := ridge_regression(fit, ridge)) is None or (error := residual(held_out, C)) > best[1]:
+            break
+        best = ridge, error
+    return best
+
+
+@full_precision()
+def calibrate_merge(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    adapter_name: str = "default",
+    ridge: float | None = None,
+    *,
+    max_memory: float = 4 * _GIB,
+    progress: bool = False,
+) -> dict[str, LayerFit]:
+    """Fit C_n on every linked layer, so that merge_estimator 'least_squares' can be used, and choose that estimator.
+
+    The model runs over `batches` in evaluation mode, without gradients. Padding, where `attention_mask` is 0, is left
+    out. C_n goes into the adapter's checkpoint. It belongs to the factors as they are now: after more training a merge
+    asks for another calibration.
+
+    Args:
+        model: holds the adapter, active and not merged. It is left in the mode in which it came.
+        batches: what the model takes, as keyword arguments; a list, a DataLoader or any other iterable. A few hundred
+            sequences of the kind the merged model will see.
+        adapter_name: an adapter with shortcut 'input' or 'middle'.
+        ridge: in relation to the mean of the diagonal of X^T X. None: for each layer what errs least on one sequence
+            in four when fitted on the others; the fit itself then takes all.
+        max_memory: bytes for the sums over tokens. A layer needs 24 in_features^2 of them; what does not fit at once
+            takes another pass over `batches`.
+        progress: show a progress bar.
+
+    Returns:
+        The ridge and the error of each fit, by the layer's name.
+
+    Raises:
+        ValueError: if there is no such adapter or nothing to calibrate, if it is merged or inactive, if no token
+            arrives, if there are too few sequences to choose a ridge from, or for NaN or inf in a layer's input.
+    """
+    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge={ridge!r} must be a number that is not negative, or None to have it chosen.")
+    chains = ready_chains(model, adapter_name)
+    _refuse_what_needs_no_calibration(chains, adapter_name)
+    if isinstance(batches, Iterator):  # more than one pass may be needed
+        batches = list(batches)
+    groups = _groups([(chain, n) for chain in chains for n in range(1, len(chain.layers))], max_memory)
+    total = len(groups) * len(batches) if isinstance(batches, Sized) else None
+    found: dict[str, tuple[torch.Tensor, LayerFit]] = {}
+    with tqdm(total=total, desc="Calibrating", unit="batch", disable=not progress) as bar:
+        for group in groups:
+            sums = _sums_of(model, batches, group, bar)
+            while sums:
+                name, (fit, held_out) = sums.popitem()
+                found[name] = _fit(fit, held_out, ridge, name)
+    for chain in chains:
+        for n, layer in enumerate(chain.layers if len(chain.layers) > 1 else ()):
+            layer.store_calibration(adapter_name, found[chain.names[n]][0] if n else None)
+        chain.config.merge_estimator = "least_squares"
+    return {name: found[name][1] for chain in chains for name in chain.names[1:]}
+
+
+def ready_chains(model: nn.Module, adapter_name: str) -> list[Chain]:
+    """The chains of an adapter that takes part in the model's forward pass.
+
+    Raises:
+        ValueError: if it does not, or its factors cannot be read.
+    """
+    chains = chains_of(model, adapter_name)
+    if not chains:
+        held = [f"{name} ({config.peft_type.value})" for name, config in getattr(model, "peft_config", {}).items()]
+        raise ValueError(
+            f"The model holds no ResLoRA adapter {adapter_name!r} with links (it has {', '.join(held) or 'none'})."
+        )
+    for chain in chains:
+        for name, layer in zip(chain.names, chain.layers, strict=True):
+            factors = (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+            if any(isinstance(factor, DTensor) or factor.is_meta or factor.numel() == 0 for factor in factors):
+                raise ValueError(
+                    f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read. Load the model "
+                    "without sharding and offloading for this."
+                )
+            if layer.merged:
+                raise ValueError(
+                    f"Adapters {layer.merged_adapters} are merged into layer {name!r}, so the shortcuts are no longer "
+                    "computed. Call model.unmerge_adapter() first."
+                )
+            if layer.disable_adapters or adapter_name not in layer.active_adapters:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} is not active on layer {name!r} (active: {layer.active_adapters}, "
+                    f"disabled: {layer.disable_adapters}). Call model.set_adapter({adapter_name!r}) first."
+                )
+    return chains
+
+
+def _refuse_what_needs_no_calibration(chains: Sequence[Chain], adapter_name: str) -> None:
+    if chains[0].config.shortcut == "block":
+        raise ValueError(
+            f"Adapter {adapter_name!r} has shortcut='block', which merges exactly: there is nothing to calibrate."
+        )
+    if any(adapter_name in layer.lora_annealed for chain in chains for layer in chain.layers):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has been annealed: an estimate is part of its forward pass already, and "
+            "another would change what the model computes. Merge it as it is."
+        )
+
+
+def _groups(layers: Sequence[tuple[Chain, int]], max_memory: float) -> list[list[tuple[Chain, int]]]:
+    """Cut `layers` into runs whose sums over tokens fit into `max_memory`; one layer at least."""
+    groups: list[list[tuple[Chain, int]]] = []
+    used = math.inf
+    for chain, n in layers:
+        needed = 32 * chain.layers[n].in_features ** 2  # two matrices of float64, and as many tokens waiting
+        if used + needed > max_memory:
+            groups.append([])
+            used = 0
+        groups[-1].append((chain, n))
+        used += needed
+    return groups
+
+
+def _sums_of(
+    model: nn.Module, batches: Iterable[Batch], group: Sequence[tuple[Chain, int]], bar: Any
+) -> dict[str, tuple[Moments, Moments]]:
+    """One pass over `batches`: the sums over the tokens to fit on and over the held-out ones, by layer."""
+    sums: dict[str, tuple[Moments, Moments]] = {}
+
+    def see(name: str, x: torch.Tensor, own: torch.Tensor, term: torch.Tensor, sequence: torch.Tensor) -> None:
+        if name not in sums:
+            sums[name] = Moments(x.shape[1], term.shape[1], x.device), Moments(x.shape[1], term.shape[1], x.device)
+        held_out = sequence % _HELD_OUT == _HELD_OUT - 1
+        for moments, chosen in zip(sums[name], (~held_out, held_out), strict=True):
+            moments.add(x[chosen], term[chosen])
+
+    with observed(model, group, see) as run:
+        for batch in batches:
+            run(batch)
+            bar.update()
+    for chain, n in group:
+        if (name := chain.names[n]) not in sums or not sums[name][0].sums[0].any():
+            raise ValueError(
+                f"No token came through layer {name!r} while calibrating: `batches` is empty or all padding, or the "
+                "layer is not used in this forward pass. Pass a list of batches, and the model as it is before "
+                "torch.compile."
+            )
+    return sums
+
+
+def _fit(fit: Moments, held_out: Moments, ridge: float | None, name: str) -> tuple[torch.Tensor, LayerFit]:
+    """C_n from the tokens of both, with the given ridge or the one that predicts `held_out` best from `fit`."""
+    for moments in (fit, held_out):
+        if not all(total.isfinite().all() for total in moments.sums):
+            raise ValueError(
+                f"NaN or inf in the calibration inputs of layer {name!r}. Look for them in the batches and the "
+                "adapter."
+            )
+    error = None
+    if ridge is None:
+        if not held_out.sums[0].any():
+            raise ValueError(
+                f"Choosing a ridge takes {_HELD_OUT} sequences, and fewer came through layer {name!r}. Pass more "
+                "batches, or the ridge."
+            )
+        ridge, error = choose_ridge(fit, held_out)
+    fit.merge(held_out)
+    C = ridge_regression(fit, ridge)
+    if C is None:
+        raise ValueError(
+            f"With ridge={ridge} the regression on layer {name!r} is singular: there are fewer independent tokens "
+            "than the layer has in_features. Pass more batches, a larger ridge, or ridge=None."
+        )
+    return C, LayerFit(ridge, residual(fit, C) if error is None else error)
+
+
+See = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def observed(model: nn.Module, layers: Sequence[tuple[Chain, int]], see: See) -> Iterator[Callable[[Batch], Any]]:
+    """Watch layers of chains while the model runs in evaluation mode, without gradients.
+
+    Yields a function that runs the model on one batch and returns its output. During it, for each of the `layers` that
+    runs, `see` gets the layer's name and, for the tokens that are no padding, in float32 or wider: x_n `(tokens, in)`,
+    A_n x_n `(tokens, r)`, the shortcut's term `(tokens, r)`, and the number of the sequence that each token is from.
+    """
+    observer = _Observer(model, see)
+    modes = {module: module.training for module in model.modules()}
+    needed: dict[int, tuple[Chain, dict[int, bool]]] = {}
+    for chain, n in layers:
+        _, positions = needed.setdefault(id(chain), (chain, {}))
+        positions[n] = True
+        for k in range(1, reach(n, chain.config.pre_num) + 1):
+            positions.setdefault(n - k, False)
+    handles = []
+    try:
+        for chain, positions in needed.values():
+            for n, seen in positions.items():
+                hook = partial(observer.hook, chain, n, seen)
+                handles.append(chain.layers[n].register_forward_pre_hook(hook, with_kwargs=True))
+        model.eval()
+        with torch.no_grad():
+            yield observer.run
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Observer:
+    """What `observed` remembers within a forward pass, and the number of sequences before it."""
+
+    def __init__(self, model: nn.Module, see: See) -> None:
+        self.model = model
+        self.see = see
+        self.sequences = 0
+        self.masks: list[torch.Tensor] = []
+        self.running = False  # the model may also run while it is not watched
+        self.handed: dict[tuple[int, int], torch.Tensor] = {}  # by chain and position: x_n or A_n x_n
+
+    def run(self, batch: Batch) -> Any:
+        batch = to_device(batch, self.model)
+        self.masks, self.running = masks_of(batch), True
+        try:
+            return self.model(**batch)
+        finally:
+            self.running = False
+            self.handed.clear()
+            first = next((value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim), None)
+            self.sequences += 0 if first is None else len(first)
+
+    def hook(
+        self, chain: Chain, n: int, seen: bool, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self.running:
+            return
+        x = args[0] if args else kwargs["x"]
+        by_input = chain.config.shortcut == "input"
+        A = widen(layer.lora_A[chain.adapter_name].weight)
+        own = x if by_input else x.to(A.dtype) @ A.t()
+        if seen:
+            earlier = [self.handed[id(chain), n - k] for k in range(1, reach(n, chain.config.pre_num) + 1)]
+            keep, sequence = tokens_of(x, self.masks)
+            rows = x.flatten(0, -2)[keep].to(A.dtype)
+            total = torch.stack([value.to(x.device).flatten(0, -2)[keep].to(A.dtype) for value in earlier]).sum(0)
+            term = total @ A.t() if by_input else total
+            self.see(chain.names[n], rows, rows @ A.t(), term, self.sequences + sequence[keep])
+        self.handed[id(chain), n] = own
+
+
+def masks_of(batch: Batch) -> list[torch.Tensor]:
+    """The attention masks `(sequences, length)` in a batch, the decoder's too."""
+    return [
+        value
+        for name, value in batch.items()
+        if name.endswith("attention_mask") and isinstance(value, torch.Tensor) and value.ndim == 2
+    ]
+
+
+def tokens_of(x: torch.Tensor, masks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of `x (..., in)` are no padding, and which sequence of the batch each row is from.
+
+    A mask counts if it has one entry for each row. Two that do (encoder and decoder of one length) both count: some
+    tokens are lost then, but no padding gets in.
+    """
+    leading, rows = x.shape[:-1], x.shape[:-1].numel()
+    fitting = [mask for mask in masks if mask.shape == leading or (len(leading) == 1 and mask.numel() == rows)]
+    keep = torch.ones(rows, dtype=torch.bool, device=x.device)
+    for mask in fitting:
+        keep &= mask.to(x.device).flatten().bool()
+    sequences = len(fitting[0]) if fitting else leading[0]
+    number = torch.arange(sequences, device=x.device).repeat_interleave(rows // sequences)
+    return keep, number
+
+
+def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    """The batch's tensors on the device of the model's first parameter; untouched where a device map places them."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta or getattr(model, "hf_device_map", None):
+        return dict(batch)
+    return {
+        name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }

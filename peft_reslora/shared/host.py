@@ -1,0 +1,192 @@
+"""What this package uses of PEFT and torch beyond their public names: here, and nowhere else.
+
+Each entry says in which versions it was read, and what would end the need for it. Two places hold private names for
+themselves: `registration.py` writes PEFT's tables, and `reslora/recompute.py` looks for torch's checkpoint among the
+frames that run. The private hooks of PEFT that the tuners override stand at the end, in `OVERRIDDEN_HOOKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
+from typing import Any
+
+import torch
+
+# PEFT 0.21.0 to 0.21.2. A public name for a dictionary of buffers would end the need.
+from peft.tuners._buffer_dict import BufferDict
+
+# PEFT 0.21.0 to 0.21.2, see `in_out_features` and `with_all_linear_layers`.
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from torch import nn
+from torch.autograd import forward_ad
+
+# torch 2.6 to 2.13; the convolutions have no other class in common.
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["BufferDict", "Convolution"]
+
+
+def in_out_features(layer: nn.Module) -> tuple[int | None, int | None]:
+    """The sizes of a layer as PEFT sees them; (None, None) for a type that it does not know.
+
+    A public `in_features` on all layers that PEFT adapts would end the need.
+    """
+    return _get_in_out_features(layer)
+
+
+def with_all_linear_layers(config: Any, model: nn.Module) -> Any:
+    """The config with the names of layers in place of "all-linear". PEFT 0.21.0 to 0.21.2."""
+    return _maybe_include_all_linear_layers(config, model)
+
+
+def has_adapter(module: Any, adapter_name: str) -> bool:
+    """Whether a tuner's layer, or its copy of a module, has the adapter.
+
+    PEFT 0.21.2; a public list of a layer's adapters would end the need.
+    """
+    return adapter_name in module._get_available_adapters()
+
+
+def set_adapters_off(layer: BaseTunerLayer, off: bool) -> None:
+    """Turn a layer's adapters off or on, and nothing else; PEFT's own method also changes what is trained.
+
+    PEFT 0.21.2; an `enable_adapters` that leaves `requires_grad` alone would end the need.
+    """
+    layer._disable_adapters = off
+
+
+def cast_input(layer: BaseTunerLayer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in the adapter's dtype, unless the user has forbidden it. PEFT 0.21.2."""
+    return layer._cast_input_dtype(x, dtype)
+
+
+def auto_classes(auto_class: Any) -> Any:
+    """From the classes of configs to those of models, of one of transformers' auto classes. transformers 5.23."""
+    return auto_class._model_mapping
+
+
+def custom_modules(config: Any) -> tuple[type[nn.Module], ...]:
+    """The base layers for which a config brings tuner layers of its own. PEFT 0.21.2, which has no public reader."""
+    return tuple(config._custom_modules or ())
+
+
+def is_tensor_parallel(base_layer: nn.Module) -> bool:
+    """Whether PEFT has noted that transformers shards the layer by tensor parallelism. PEFT 0.21.2."""
+    return getattr(base_layer, "_hf_tp_plan", None) is not None
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module holds itself, and does not compute or get from a hook. torch 2.6 to 2.13.
+
+    `named_parameters` leaves out a second name for one parameter, and `getattr` finds what is computed.
+    """
+    return module._parameters.get(name)
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a module holds itself."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def own_tensor_names(module: nn.Module) -> list[str]:
+    """The names of the parameters and buffers that a module holds itself, those that are None included."""
+    return [*module._parameters, *module._buffers]
+
+
+def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
+    """All children; `named_children` leaves out a second name for one module. torch 2.6 to 2.13."""
+    return module._modules
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[..., Any]) -> None:
+    """What `module.to` and the like do with a module's tensors. torch 2.6 to 2.13."""
+    module._apply(function)
+
+
+def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The forward pre-hooks on a module; torch shows them in no other way. torch 2.6 to 2.13."""
+    return list(module._forward_pre_hooks.values())
+
+
+def remove_hooks(module: nn.Module, chosen: Callable[[Callable[..., Any]], bool]) -> None:
+    """Take forward hooks off a module. torch's own handles do not survive a copy of the model. torch 2.6 to 2.13."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if chosen(hook)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether a call of `module` does nothing but multiply by its weight: no hooks, no forward put in its place.
+
+    ZeRO-3, offloading and FSDP1 load what is to be multiplied in such hooks. torch 2.6 to 2.13.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not hooked
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active, which see no custom Function.
+
+    torch 2.6 to 2.13; `torch.func` tells nobody.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """Around operations that a recomputation does not repeat: selective checkpointing counts those that it sees, and
+    would take one for another. torch 2.6 to 2.13.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    return _disable_current_modes()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor has been changed in place; 0 where nobody counts. torch 2.6 to 2.13."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def backward_task() -> int:
+    """The backward pass that runs in this thread; -1 if none does.
+
+    torch 2.13, whose own `torch.utils.checkpoint` uses it.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def pack_hook() -> Callable[..., Any] | None:
+    """The innermost hook by which tensors are saved for the backward pass, if there is any. torch 2.13."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def is_from_function(node: Any, function: type[torch.autograd.Function]) -> bool:
+    """Whether a node of the autograd graph is the backward of a Function. torch 2.6 to 2.13."""
+    return isinstance(node, function._backward_cls)
+
+
+# Where the frames of a backward pass begin. torch 2.6 to 2.13.
+BACKWARD_ENGINE: CodeType = torch.autograd.graph._engine_run_backward.__code__
+
+# Private methods of PEFT's tuners and layers, torch's modules included, that this package overrides or calls by
+# `super()`; read in 0.21.0 to 0.21.2.
+OVERRIDDEN_HOOKS = frozenset(
+    {
+        "_add_modules_to_save_to_tie",
+        "_apply",
+        "_create_and_replace",
+        "_enable_peft_forward_hooks",
+        "_get_adapter_state_dict",
+        "_get_tied_target_modules",
+        "_mixed_batch_forward",
+        "_move_adapter_to_device_of_base_layer",
+        "_remap_adapter_state_dict_for_load",
+        "_remove_adapter_name_from_key",
+        "_replace_module",
+        "_unload_and_optionally_merge",
+    }
+)

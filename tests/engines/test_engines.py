@@ -1,0 +1,175 @@
+"""Two processes under each engine train as one process does: losses, gradients and norms."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.engine_worker import CASE_OF_EACH, CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
+from helpers.tolerances import MODEL64, assert_gradients_close, rounding
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests" / "helpers"
+CONFIGS = ROOT / "configs" / "accelerate"
+LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
+
+
+def by_engine(kind: str, engines: Iterable[str]) -> list[Any]:
+    """Parameters for the tests of engines; those of one engine run in one worker, which starts its processes once."""
+    return [pytest.param(e, marks=[pytest.mark.xdist_group(f"{kind} {e}"), pytest.mark.slow]) for e in engines]
+
+
+DIRECT = by_engine("direct", LABELS)
+LAUNCHED = by_engine("launched", ENGINES)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _run(commands: list[tuple[list[str], dict[str, str]]]) -> None:
+    processes = [
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        for command, env in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has launched
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory):
+    """The results of all cases under an engine; each engine starts its processes once."""
+
+    @functools.cache
+    def run(engine: str) -> dict[str, Results | str]:
+        if engine.startswith("zero") or engine == "each":
+            pytest.importorskip("deepspeed")
+        output = tmp_path_factory.mktemp(engine) / "results.pt"
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(HERE / "engine_worker.py"), engine, str(output)]
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        _run([(command, {**_environment(), **where, **rank}) for rank in ranks])
+        return torch.load(output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """The results of all tuners under `accelerate launch` with one of the configs."""
+
+    @functools.cache
+    def run(config: str) -> dict[str, Results | str]:
+        if config.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        output = tmp_path_factory.mktemp(f"launch_{config}") / "results.pt"
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(CONFIGS / f"{config}.yaml"),
+        ]
+        command += [
+            "--main_process_port",
+            str(_free_port()),
+            str(HERE / "engine_worker.py"),
+            "accelerate",
+            str(output),
+        ]
+        _run([(command, _environment())])
+        return torch.load(output)
+
+    return run
+
+
+@functools.cache
+def reference(tuner: tuple[str, int]) -> Results:
+    return plain(build(tuner, "none"))
+
+
+def assert_same_training(actual: Results | str, expected: Results, engine: str) -> None:
+    """All compute in float64; DeepSpeed averages gradients in float32, of which the second loss is a function."""
+    assert not isinstance(actual, str), actual
+    terms = 30  # of two processes, of either sign
+    bound = rounding(terms) if engine.startswith("zero") else MODEL64
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=bound)
+    assert actual["losses"][0] == pytest.approx(expected["losses"][0], rel=MODEL64)
+    for found, wanted in zip(actual["gradients"], expected["gradients"], strict=True):
+        assert found.keys() == wanted.keys()
+        seen = {name for name, grad in found.items() if grad.numel()}  # see `accelerated`
+        if not seen:
+            continue
+        assert seen == wanted.keys()
+        if not engine.startswith("zero"):
+            assert {grad.dtype for grad in found.values()} == {torch.float64}
+        assert_gradients_close(found, wanted, terms)
+
+
+@pytest.mark.xdist_group("each engine")
+@pytest.mark.parametrize("engine", CASE_OF_EACH)
+def test_one_case_trains_as_one_process(run_engine, engine):
+    """What the slow tests show of all cases."""
+    assert_same_training(run_engine("each")[engine], reference(CASE_OF_EACH[engine][0]), engine)
+
+
+@pytest.mark.support(lambda engine, **_: f"{LABELS[engine]}, with and without checkpointing")
+@pytest.mark.parametrize("engine", DIRECT)
+@pytest.mark.parametrize(("tuner", "checkpointing"), CASES)
+def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
+    assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner), engine)
+
+
+@pytest.mark.long
+@pytest.mark.support("the same through accelerate launch (configs/accelerate)")
+@pytest.mark.parametrize("config", LAUNCHED)
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_accelerate_launch_trains_as_one_process(launch, config, tuner):
+    result = launch(config)[case_id(tuner, "non-reentrant")]
+    assert_same_training(result, reference(tuner), config)
+    assert result["engine"] == ENGINES[config]
+
+
+@pytest.mark.parametrize("engine", DIRECT)
+@pytest.mark.parametrize("tuner", [tuner for tuner in TUNERS if tuner[0] in ("input", "middle")])
+def test_norms_are_recorded_once_per_forward(run_engine, engine, tuner):
+    """Also where checkpointing computes a forward twice; each process sees its own half of the batch."""
+    for checkpointing in CHECKPOINTING:
+        norms = run_engine(engine)[case_id(tuner, checkpointing)]["norms"]
+        whole = reference(tuner)["norms"]
+        assert norms.keys() == whole.keys()
+        for name, window in norms.items():
+            assert (window >= 0).sum() == 2
+            assert torch.allclose(window[-2:], whole[name][-2:], rtol=0.5)  # half the batch

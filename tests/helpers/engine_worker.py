@@ -1,0 +1,235 @@
+"""One process of an engine: trains a tiny model for two steps per case and writes what it saw.
+
+Run by `test_engines.py` with the environment that torchrun sets: python engine_worker.py ENGINE OUTPUT, where the
+engine "each" stands for one case under each of them, for which the processes start once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers.oracle import randomize_adapters
+from helpers.tiny_models import TINY_MODELS
+from peft import get_peft_model
+from torch import nn
+
+from peft_reslora import MoRAConfig, ResLoRAConfig
+
+# fmt: off
+TUNERS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1), ("mora", 1)]
+# fmt: on
+CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+CASES = list(itertools.product(TUNERS, CHECKPOINTING))
+CASE_OF_EACH = {
+    "ddp": (("middle", -1), "non-reentrant"),
+    "fsdp2": (("block", 1), "none"),
+    "zero2": (("mora", 1), "none"),
+    "zero3": (("input", 1), "reentrant"),
+}
+LEARNING_RATE = 0.05
+BATCH = 4
+
+Results = dict[str, Any]
+
+
+def case_id(tuner: tuple[str, int], checkpointing: str) -> str:
+    return f"{tuner[0]}-{tuner[1]}-{checkpointing}"
+
+
+def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
+    """The same model with the same adapter in every process, in float64."""
+    name, pre_num = tuner
+    fields: dict[str, Any] = {"r": 3, "target_modules": TINY_MODELS["llama"].targets}
+    config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=name, pre_num=pre_num)
+    model = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make().double(), config)).train()
+    model.enable_input_require_grads()
+    if (use_reentrant := CHECKPOINTING[checkpointing]) is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 53, (BATCH, 7), generator=generator) for _ in range(2)]
+
+
+def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=rows).logits.square().mean()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(
+    model: nn.Module,
+    backward: Callable[[torch.Tensor], Any],
+    step: Callable[[], Any],
+    gradient: Callable[[nn.Parameter], torch.Tensor],
+    rank: int,
+    world: int,
+) -> Results:
+    """Two steps; the losses, averaged over the processes, the gradients of each, and the norms that were recorded."""
+    results: Results = {"losses": [], "gradients": []}
+    for rows in batches():
+        loss = loss_of(model, rows.chunk(world)[rank])
+        mean = loss.detach().double() / world
+        if world > 1:
+            dist.all_reduce(mean)
+        results["losses"].append(float(mean))
+        backward(loss)
+        results["gradients"].append({name: gradient(p).clone() for name, p in trainable(model).items()})
+        step()
+    results["norms"] = {
+        name.removeprefix("module."): b.clone() for name, b in model.named_buffers() if "lora_norm" in name
+    }
+    return results
+
+
+def plain(model: nn.Module) -> Results:
+    """The reference: the whole batch in this process."""
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
+    return train(model, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad, 0, 1)
+
+
+def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ddp(model: nn.Module) -> Results:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(trainable(wrapped).values(), lr=LEARNING_RATE)
+    ranks = dist.get_rank(), dist.get_world_size()
+    return train(wrapped, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad, *ranks)
+
+
+def fsdp2(model: nn.Module) -> Results:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
+    ranks = dist.get_rank(), dist.get_world_size()
+    return train(model, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad.full_tensor(), *ranks)
+
+
+def zero(model: nn.Module, stage: int) -> Results:
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed = import_deepspeed()
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ranks = dist.get_rank(), dist.get_world_size()
+    return train(engine, engine.backward, engine.step, safe_get_full_grad, *ranks)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without the operators that it would compile first, and wait for each other's compilers."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__.update(dict.fromkeys(deepspeed.ops.__compatible_ops__, False))
+    return deepspeed
+
+
+def start_accelerate() -> None:
+    """Let accelerate use the engine that `accelerate launch` was told to use.
+
+    It shards on accelerators only, and on CPUs would use DDP or nothing at all, without a word (read in 1.15).
+    """
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        import_deepspeed()
+    PartialState(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def accelerated(model: nn.Module) -> Results:
+    """Whatever engine `accelerate launch` was told to use."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    accelerator = Accelerator()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH // accelerator.num_processes
+        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+        plugin.deepspeed_config["gradient_clipping"] = 1e6
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def gradient(p: nn.Parameter) -> torch.Tensor:
+        if deepspeed:  # accelerate steps within `backward`: the second loss shows the gradient
+            return torch.zeros(0)
+        return p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+
+    ranks = accelerator.process_index, accelerator.num_processes
+    results = train(model, accelerator.backward, _stepper(optimizer), gradient, *ranks)
+    return {**results, "engine": accelerator.distributed_type.value}
+
+
+RUNNERS: dict[str, Callable[[nn.Module], Results]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "zero2": lambda model: zero(model, 2),
+    "zero3": lambda model: zero(model, 3),
+    "accelerate": accelerated,
+}
+
+
+def attempt(engine: str, tuner: tuple[str, int], checkpointing: str) -> Results | str:
+    try:
+        return RUNNERS[engine](build(tuner, checkpointing))
+    except Exception:
+        return traceback.format_exc()
+
+
+def main(engine: str, output: str) -> None:
+    if engine.startswith("zero"):
+        import_deepspeed().init_distributed("gloo")
+    elif engine == "accelerate":
+        start_accelerate()
+    else:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    if engine == "each":
+        results = {name: attempt(name, *case) for name, case in CASE_OF_EACH.items()}
+    else:
+        cases = [(tuner, "non-reentrant") for tuner in TUNERS] if engine == "accelerate" else CASES
+        results = {case_id(*case): attempt(engine, *case) for case in cases}
+    if dist.get_rank() == 0:
+        torch.save(results, output)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
+    main(*sys.argv[1:])

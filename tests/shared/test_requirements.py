@@ -1,0 +1,84 @@
+"""What the package imports is declared in setup.cfg, with bounds that its import checks and constraints.txt meets."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from peft_reslora import registration
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [ROOT / "peft_reslora_cli.py", *sorted((ROOT / "peft_reslora").rglob("*.py"))]
+OWN = {"peft_reslora", "peft_reslora_cli"}
+# Taken without an import of ours: the Trainer and `Tensor.numpy` need them, and templates of model cards.
+INDIRECT = {"numpy", "jinja2"}
+
+
+def section(name: str) -> dict[str, Requirement]:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    text = setup["options.extras_require"][name] if name != "core" else setup["options"]["install_requires"]
+    found = [Requirement(line) for line in text.splitlines() if line and "%(" not in line]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Top-level name of each import, and whether it is inside a function."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, functions) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0], id(node) in inside
+
+
+def test_every_import_is_declared():
+    core, optional = section("core"), section("demo")
+    seen = set()
+    for path in SOURCES:
+        for name, lazy in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            package = canonicalize_name(name)
+            if name in sys.stdlib_module_names or name in OWN:
+                continue
+            seen.add(package)
+            may_lack = lazy or path.parent.name == "recipes"  # which nothing else imports at its top
+            assert package in core or (may_lack and package in optional), f"{path.name} imports {name}"
+    assert {"torch", "peft", "packaging", "huggingface-hub"} <= seen
+    assert core.keys() - seen == INDIRECT, "declared and not used"
+
+
+def test_the_constraints_meet_every_declared_bound():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if line[:1].isalpha())}
+    declared = [*section("core").values(), *section("demo").values(), *section("test").values()]
+    for requirement in [*declared, *section("engines").values()]:
+        (pin,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{requirement} and {pin}"
+
+
+@pytest.mark.parametrize(
+    ("package", "supported"),
+    [("peft", registration.SUPPORTED_PEFT), ("transformers", registration.SUPPORTED_TRANSFORMERS)],
+)
+def test_the_bounds_are_those_that_the_import_checks(package, supported):
+    specifier, (first, beyond) = section("core")[package].specifier, supported
+    assert specifier.contains(str(first))
+    assert not specifier.contains(str(beyond))
+    lowest, highest = (re.escape(".".join(map(str, v.release[:2]))) for v in supported)
+    assert re.search(rf">={lowest}\b", str(specifier))
+    assert re.search(rf"<{highest}\b", str(specifier))
+
+
+def test_safetensors_replaces_files_whole():
+    """Before 0.8, `save_file` wrote into the old file: a full disk or a kill destroyed the adapter that was there."""
+    assert not section("core")["safetensors"].specifier.contains("0.7.1")
