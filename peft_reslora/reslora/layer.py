@@ -122,7 +122,9 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
     stamp_name = _STAMP
     part_names = (*PARAMETER_NAMES, *BUFFERS)
-    adapter_layer_names: tuple[str, ...] = tuple(n for n in LoraLayer.adapter_layer_names if n != _STAMP)
+    adapter_layer_names: tuple[str, ...] = tuple(
+        dict.fromkeys(name for name in (*LoraLayer.adapter_layer_names, *PARAMETER_NAMES) if name != _STAMP)
+    )
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, _STAMP)
 
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
@@ -133,9 +135,13 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """The adapter on this layer, which has a place in a chain."""
         return self.lora_variant[adapter_name].chain.kind(self, adapter_name)
 
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """PEFT's own variants are not used: blocks know what a config asks for."""
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
+        self.block_of(adapter_name).start()
         if chain.config.shortcut != "block":
             device = self.block_of(adapter_name).weights[0].device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
@@ -459,6 +465,10 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
             "exclude_modules, or use LoraConfig."
         )
     module.__class__ = _subclass(kind.__name__)
+    module.__dict__.pop("adapter_layer_names", None)  # what PEFT's own variant has added, which is not used
+    for parameters in PARAMETER_NAMES:
+        if not hasattr(module, parameters):
+            setattr(module, parameters, nn.ParameterDict())
     for buffers in BUFFERS:
         setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
     module.lora_magnitude_vector = BufferDict(persistent=True)

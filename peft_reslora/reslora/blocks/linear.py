@@ -56,6 +56,9 @@ class LinearBlock:
         A, B = self.modules
         return A.weight, B.weight
 
+    def start(self) -> None:
+        """Make what a new adapter has besides the factors, which PEFT makes: nothing."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the block keeps in a checkpoint, by the names of the layer's attributes."""
         return dict(zip(FACTOR_NAMES, self.weights, strict=True))
