@@ -30,6 +30,7 @@ class LinearBlock:
     """
 
     names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
+    adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
     __slots__ = ("adapter_name", "layer")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
