@@ -413,6 +413,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """Leave the chain, and what was recorded in it, as if the adapter were new."""
         self.lora_variant.pop(adapter_name, None)
         self.forget_stamp(adapter_name)
+        self.called_adapters.discard(adapter_name)
         for buffers in (getattr(self, name) for name in BUFFERS):
             if adapter_name in buffers:
                 del buffers[adapter_name]
@@ -472,5 +473,5 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
     for buffers in BUFFERS:
         setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
     module.lora_magnitude_vector = BufferDict(persistent=True)
-    module.__dict__["_checked_by_compiler"] = set()
+    module.__dict__.update(called_adapters=set(), _checked_by_compiler=set())
     module.__dict__["kept_base"] = []  # plain, not a submodule

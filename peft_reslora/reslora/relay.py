@@ -414,7 +414,7 @@ class Relay:
             return (
                 f"Layer {name!r} ran before its predecessor {before!r}, or outside of a call of a module that holds "
                 f"both: {needs} in the same forward pass. Call the model, or the part of it that holds the whole "
-                "chain, or use shortcut='block'. Part of a model, such as a pipeline stage, can only have the latter."
+                "chain, as model(x) and not as model.forward(x), or use shortcut='block'. Part of a model, such as a pipeline stage, can only have the latter."
             )
         if forward_pass is not None and forward_pass.last >= position:
             return (
