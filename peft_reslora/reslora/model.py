@@ -25,7 +25,7 @@ from peft_reslora.reslora.linking import (
     own_config,
 )
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact
-from peft_reslora.reslora.relay import doorway_of, remove_doorways
+from peft_reslora.reslora.passes import doorway_of, remove_doorways
 from peft_reslora.shared.base_weights import (
     broken_adapter_message,
     merged_or_not,

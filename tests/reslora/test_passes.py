@@ -493,7 +493,7 @@ def test_an_interrupt_leaves_no_trace_in_the_next_pass(shortcut, pre_num):
     with pytest.raises(KeyboardInterrupt):
         base(data())
     handle.remove()
-    from peft_reslora.reslora.relay import _running
+    from peft_reslora.reslora.passes import _running
 
     assert relative_error(base(data(seed=3)), encoder(shortcut, pre_num)(data(seed=3))) < BOUND
     assert _running.scopes == []
