@@ -8,12 +8,13 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
-from peft_reslora.reslora.chain_table import AUTO, BY_NUMBER
 from peft_reslora.shared import fields
 from peft_reslora.shared.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
 MergeEstimator = Literal["input_norm", "weight_norm", "least_squares", "drop"]
+
+AUTO, BY_NUMBER = "auto", "by_number"  # values of `chain_cuts` besides a list
 
 # LoRA's fields that change what a block computes, with the values under which they do not.
 _REFUSED_FIELDS: dict[str, tuple[object, ...]] = {

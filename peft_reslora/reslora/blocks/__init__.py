@@ -8,12 +8,9 @@ its own, and its line in `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from peft_reslora.reslora.blocks.linear import LinearBlock
-
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
+from peft_reslora.reslora.config import ResLoRAConfig
 
 # The first kind whose condition a config meets.
 KINDS: tuple[tuple[Callable[[ResLoRAConfig], bool], type[LinearBlock]], ...] = ((lambda config: True, LinearBlock),)
