@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many thr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from helpers.command import Done
 
 import peft_reslora_cli
 
@@ -67,9 +68,21 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[str]], int]]:
-    """Run `peft-reslora` in this process; what it sets for the process is undone afterwards."""
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """Run `peft-reslora` in this process, and undo afterwards what it sets for the process."""
     monkeypatch.setenv("OMP_WAIT_POLICY", os.environ["OMP_WAIT_POLICY"])
+
+    def run(*argv: object) -> Done:
+        capsys.readouterr()
+        code: int | str | None
+        try:
+            code = peft_reslora_cli.main([str(arg) for arg in argv])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        # The interpreter prints a message given to `sys.exit` and turns it into code 1.
+        return Done(1, captured.out, captured.err + code) if isinstance(code, str) else Done(code, *captured)
+
     with warnings.catch_warnings():
-        yield peft_reslora_cli.main
+        yield run
     logging.disable(logging.NOTSET)

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import adapted
+from helpers.exports import CAUSAL, IDS, METHODS, UP_DOWN, Net, gpt2, llama, net, outputs, read_folder
+from helpers.oracle import randomize_adapters, relative_error
+from helpers.tiny_models import Block
 from helpers.tolerances import half_rounding, rounding
 from peft import (
     AdaLoraConfig,
@@ -27,9 +31,8 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, export_lora_from_files, save_as_lora
@@ -47,130 +50,6 @@ FIELDS = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(20, 37)
-        self.down = nn.Linear(37, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Net(nn.Module):
-    """Three blocks of uneven shapes, and modules of other kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 20)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.conv = nn.Conv1d(20, 20, 1)
-        self.head = nn.Linear(20, 7)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x + self.conv(x.transpose(1, 2)).transpose(1, 2))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=11, num_hidden_layers=3, **sizes)).eval()
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=11, tie_word_embeddings=False, **sizes)).eval()
-
-
-def bert() -> BertModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return BertModel(BertConfig(vocab_size=11, max_position_embeddings=16, **sizes), add_pooling_layer=False).eval()
-
-
-IDS = torch.arange(10).reshape(2, 5)
-
-
-def outputs(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out = model(IDS)
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def randomise(model: nn.Module) -> None:
-    """Give all adapters random values, without the zeros they start with."""
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for name, parameter in layer.named_parameters():
-                if "base_layer" not in name and "ranknum" not in name and parameter.is_floating_point():
-                    parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-def adapted(base: nn.Module, config: PeftConfig) -> PeftModel:
-    model = get_peft_model(base, config)
-    randomise(model)
-    return model.eval()
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
-
-
-def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
-    """Config, tensors and header of a folder, without PEFT."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = file.metadata()
-    return json.loads((folder / "adapter_config.json").read_text()), tensors, header
-
-
-UP_DOWN = ["up", "down"]
-CAUSAL = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-METHODS = {
-    "lora": (net, LoraConfig(r=3, lora_alpha=5, target_modules=UP_DOWN)),
-    "lora-rslora": (net, LoraConfig(r=3, lora_alpha=5, target_modules=UP_DOWN, use_rslora=True)),
-    "lora-patterns": (
-        net,
-        LoraConfig(r=3, target_modules=UP_DOWN, rank_pattern={"up": 5}, alpha_pattern={"blocks.1.down": 9}),
-    ),
-    "lora-regex": (net, LoraConfig(r=3, target_modules=r"blocks\.\d\.(up|down)|head")),
-    "lora-head": (net, LoraConfig(r=3, target_modules=["head"])),
-    "lora-llama": (llama, LoraConfig(r=3, **CAUSAL)),
-    "lora-all-linear": (llama, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")),
-    "lora-gpt2": (gpt2, LoraConfig(r=3, target_modules=["c_attn", "c_fc", "c_proj"], task_type="CAUSAL_LM")),
-    "lora-gpt2-mixed": (gpt2, LoraConfig(r=3, target_modules=["c_attn", "lm_head"], task_type="CAUSAL_LM")),
-    "lora-bert": (bert, LoraConfig(r=3, target_modules=["attention.output.dense", "query"])),
-    "adalora": (net, AdaLoraConfig(init_r=4, lora_alpha=6, target_modules=UP_DOWN, total_step=10)),
-    "adalora-gpt2": (gpt2, AdaLoraConfig(init_r=4, target_modules=["c_attn", "c_fc"], total_step=10)),
-    "loha": (net, LoHaConfig(r=3, alpha=5, target_modules=UP_DOWN)),
-    "loha-wide": (net, LoHaConfig(r=6, target_modules=UP_DOWN)),  # 36 directions, the matrices have 20
-    "loha-llama": (llama, LoHaConfig(r=3, **CAUSAL)),
-    "lokr": (net, LoKrConfig(r=1, alpha=3, target_modules=UP_DOWN)),
-    "lokr-both": (llama, LoKrConfig(r=1, target_modules=["q_proj", "down_proj"], decompose_both=True)),
-    "lokr-full": (net, LoKrConfig(r=20, target_modules=UP_DOWN)),
-    "lokr-factor": (llama, LoKrConfig(r=2, alpha=3, decompose_factor=2, **CAUSAL)),
-    "reslora-block": (llama, ResLoRAConfig(r=2, shortcut="block", pre_num=-1, **CAUSAL)),
-    "reslora-rslora": (llama, ResLoRAConfig(r=2, lora_alpha=5, use_rslora=True, **CAUSAL)),
-    "reslora-gpt2": (gpt2, ResLoRAConfig(r=2, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM")),
-    "mora": (net, MoRAConfig(r=2, mora_type="sharing", target_modules=UP_DOWN)),
-    "mora-wide": (net, MoRAConfig(r=15, mora_type="sharing", target_modules=UP_DOWN)),  # a square of side 29
-    "mora-llama": (llama, MoRAConfig(r=1, mora_type="sharing", **CAUSAL)),
-    "mora-auto": (llama, MoRAConfig(r=32, **CAUSAL)),
-    "mora-gpt2": (
-        gpt2,
-        MoRAConfig(r=1, mora_type="sharing", target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM"),
-    ),
-}
 FULL_RANK = {
     "net": (net, {"target_modules": UP_DOWN}),
     "llama": (llama, CAUSAL),
@@ -186,9 +65,9 @@ def test_plain_peft_computes_what_the_merged_model_does(name: str, tmp_path: Pat
     assert export.report.exact
     assert export.report.worst_error == 0.0
     merged = outputs(model.merge_and_unload())
-    assert relative(outputs(make_base()), merged) > 1e-2, "the adapter has to do something"
+    assert relative_error(outputs(make_base()), merged) > 1e-2, "the adapter has to do something"
     loaded = PeftModel.from_pretrained(make_base(), tmp_path / "lora").eval()
-    assert relative(outputs(loaded), merged) < rounding(loaded)
+    assert relative_error(outputs(loaded), merged) < rounding(loaded)
 
 
 @pytest.mark.parametrize("mora_type", ["rotation", "decoupling"])
@@ -202,9 +81,9 @@ def test_full_rank_mora_is_exported_on_request_only(mora_type: str, base: str, t
     export = save_as_lora(tmp_path, model, energy=1.0, base_model=make_base())
     assert export.report.worst_error < rounding(24 * 56)  # of an SVD of the largest matrix
     merged = outputs(model.merge_and_unload())
-    assert relative(outputs(make_base()), merged) > 1e-2
+    assert relative_error(outputs(make_base()), merged) > 1e-2
     loaded = PeftModel.from_pretrained(make_base(), tmp_path).eval()
-    assert relative(outputs(loaded), merged) < rounding(24 * 56) + rounding(loaded)
+    assert relative_error(outputs(loaded), merged) < rounding(24 * 56) + rounding(loaded)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -220,7 +99,7 @@ def test_estimated_merges_export_what_they_merge(shortcut: str, estimator: str, 
     assert f"estimated by {estimator}" in str(export.report)
     merged = outputs(model.merge_and_unload())
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert relative(outputs(loaded), merged) < rounding(loaded)
+    assert relative_error(outputs(loaded), merged) < rounding(loaded)
 
 
 def test_an_estimator_without_data_is_refused_also_with_a_rank() -> None:
@@ -262,7 +141,7 @@ def test_config_holds_the_standard_fields_only(tmp_path: Path) -> None:
     base.config._name_or_path = base.name_or_path = "some/llama"
     model = adapted(base, LoraConfig(r=3, lora_alpha=7, lora_dropout=0.1, revision="v2", use_rslora=True, **CAUSAL))
     save_as_lora(tmp_path, model)
-    config, _, header = read(tmp_path)
+    config, _, header = read_folder(tmp_path)
     assert config.keys() == FIELDS
     assert header == {"format": "pt"}
     assert (config["r"], config["lora_alpha"], type(config["lora_alpha"])) == (8, 8, int)
@@ -290,7 +169,7 @@ def test_auto_mapping_stands_in_for_a_task_type() -> None:
 
 def test_tensors_are_padded_pairs_under_the_base_models_names(tmp_path: Path) -> None:
     save_as_lora(tmp_path, adapted(net(), LoraConfig(r=3, target_modules=UP_DOWN)))
-    _, tensors, _ = read(tmp_path)
+    _, tensors, _ = read_folder(tmp_path)
     assert set(tensors) == {
         f"base_model.model.blocks.{i}.{name}.lora_{factor}.weight"
         for i in range(3)
@@ -344,8 +223,8 @@ def test_half_precision_is_measured_again(dtype: torch.dtype, tmp_path: Path) ->
     delta = model.base_model.model.blocks[0].up.get_delta_weight("default").detach()
     A, B = (export.state_dict[f"base_model.model.blocks.0.up.lora_{f}.weight"].float() for f in "AB")
     assert A.dtype == torch.float32
-    assert read(tmp_path)[1]["base_model.model.blocks.0.up.lora_A.weight"].dtype == dtype
-    assert row.relative_error == pytest.approx(relative(B @ A, delta), rel=half_rounding(4, dtype))
+    assert read_folder(tmp_path)[1]["base_model.model.blocks.0.up.lora_A.weight"].dtype == dtype
+    assert row.relative_error == pytest.approx(relative_error(B @ A, delta), rel=half_rounding(4, dtype))
     assert not export.report.exact
 
 
@@ -354,7 +233,7 @@ def test_truncation_and_half_precision_report_their_joint_error() -> None:
     export = export_lora(model, rank=4, dtype=torch.bfloat16)
     delta = model.base_model.model.blocks[0].up.get_delta_weight("default").detach()
     A, B = (export.state_dict[f"base_model.model.blocks.0.up.lora_{f}.weight"].float() for f in "AB")
-    assert export.report.layers[0].relative_error == pytest.approx(relative(B @ A, delta), rel=rounding(37))
+    assert export.report.layers[0].relative_error == pytest.approx(relative_error(B @ A, delta), rel=rounding(37))
 
 
 # Which layers the folder names
@@ -368,7 +247,7 @@ def test_layers_that_lack_a_module_type_are_filled_with_zeros(tmp_path: Path) ->
     assert len(export.state_dict) == 2 * 9
     assert not export.state_dict["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].any()
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert relative(outputs(loaded), outputs(model)) < rounding(model)
+    assert relative_error(outputs(loaded), outputs(model)) < rounding(model)
 
 
 def test_unfilled_layers_are_left_out_by_full_names(tmp_path: Path) -> None:
@@ -388,7 +267,7 @@ def test_many_full_names_are_matched_as_they_are(tmp_path: Path) -> None:
 
     def base() -> Net:
         model = net()
-        model.blocks.extend(Block() for _ in range(21))
+        model.blocks.extend(Block(20, 37) for _ in range(21))
         return model
 
     config = LoraConfig(r=3, target_modules=["up"], exclude_modules=["blocks.7.up"])
@@ -619,7 +498,7 @@ def test_tuner_injected_model_and_peft_model_give_the_same_export() -> None:
     config = LoraConfig(r=3, target_modules=UP_DOWN)
     model = adapted(net(), config)
     injected = inject_adapter_in_model(config, net())
-    randomise(injected)
+    randomize_adapters(injected)
     expected = export_lora(model)
     for other in (model.base_model, model.base_model.model, injected):
         actual = export_lora(other)
@@ -630,7 +509,7 @@ def test_tuner_injected_model_and_peft_model_give_the_same_export() -> None:
 def test_an_adapter_that_is_not_active_is_exported() -> None:
     model = adapted(net(), LoraConfig(r=3, target_modules=UP_DOWN))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["head"]))
-    randomise(model)
+    randomize_adapters(model)
     assert {row.layer for row in export_lora(model, "other").report.layers} == {"head"}
     assert len(export_lora(model).report.layers) == 6
 
@@ -638,7 +517,7 @@ def test_an_adapter_that_is_not_active_is_exported() -> None:
 def test_mixed_tuners_export_the_adapter_below_another() -> None:
     model = PeftMixedModel(net(), LoraConfig(r=3, target_modules=UP_DOWN), "lora")
     model.add_adapter("loha", LoHaConfig(r=2, target_modules=["up"]))
-    randomise(model)
+    randomize_adapters(model)
     lora, loha = export_lora(model, "lora"), export_lora(model, "loha")
     assert {row.layer for row in loha.report.layers} == {f"blocks.{i}.up" for i in range(3)}
     assert len(lora.report.layers) == 6
@@ -708,7 +587,7 @@ def test_the_proof_leaves_the_base_model_alone(tmp_path: Path) -> None:
 
 def test_the_proof_fails_on_another_base_model(tmp_path: Path) -> None:
     wider = net()
-    wider.blocks.append(Block())
+    wider.blocks.append(Block(20, 37))
     with pytest.raises(ValueError, match=r"adapts other layers.*blocks\.3"):
         small_export().save_pretrained(tmp_path / "lora", wider)
     other_shape = net()
@@ -738,7 +617,7 @@ def test_lora_files_give_what_the_model_gives(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     expected, actual = export_lora(model, rank=2), export_lora_from_files(tmp_path, rank=2)
     assert actual.config == expected.config
-    assert all(relative(actual.state_dict[name], t) <= rounding(37) for name, t in expected.state_dict.items())
+    assert all(relative_error(actual.state_dict[name], t) <= rounding(37) for name, t in expected.state_dict.items())
     assert {row.layer: row for row in actual.report.layers} == {row.layer: row for row in expected.report.layers}
 
 
@@ -750,7 +629,7 @@ def test_reslora_files_give_what_the_model_gives(shortcut: str, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     expected, actual = export_lora(model), export_lora_from_files(tmp_path)
     assert actual.config == expected.config
-    assert all(relative(actual.state_dict[name], t) <= rounding(56) for name, t in expected.state_dict.items())
+    assert all(relative_error(actual.state_dict[name], t) <= rounding(56) for name, t in expected.state_dict.items())
     actual.save_pretrained(tmp_path / "lora", llama())
 
 
@@ -855,10 +734,10 @@ def test_loads_through_transformers_and_the_auto_class(tmp_path: Path) -> None:
         save_as_lora(tmp_path / "lora", model)
     expected = outputs(model)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
-    assert relative(outputs(loaded), expected) < rounding(model)
+    assert relative_error(outputs(loaded), expected) < rounding(model)
     plain = llama()
     plain.load_adapter(str(tmp_path / "lora"))
-    assert relative(outputs(plain.eval()), expected) < rounding(model)
+    assert relative_error(outputs(plain.eval()), expected) < rounding(model)
 
 
 # Card and report
