@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 from helpers.oracle import randomize_adapters
 from helpers.tiny_models import TINY_MODELS
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -14,6 +15,8 @@ from torch import nn
 from peft_reslora import MoRAConfig, ResLoRAConfig
 
 TUNERS = ["input", "block", "middle", "mora"]
+every_tuner = pytest.mark.parametrize("tuner", TUNERS)
+both_tuners = pytest.mark.parametrize("tuner", ["block", "mora"])
 # Shortcuts, and how many earlier layers feed them; -1 stands for all.
 VARIANTS = [("input", 1), ("block", 1), ("block", 2), ("block", -1), ("middle", 1), ("middle", 2), ("middle", -1)]
 ONE_OR_ALL = [(shortcut, pre_num) for shortcut, pre_num in VARIANTS if pre_num != 2]

@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.encoders import (
-    Encoder,
-    adapted_encoder,
-    by_torch,
-    checkpointed,
-    data,
-    encoder,
-    every_variant,
-)
+from helpers.encoders import Encoder, adapted_encoder, by_torch, checkpointed, data, encoder, every_variant
 from helpers.oracle import relative_error
 from helpers.tolerances import FLOAT64
 from peft import LoraConfig, get_peft_model

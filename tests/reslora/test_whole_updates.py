@@ -6,15 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers.encoders import (
-    Encoder,
-    adapted_encoder,
-    assert_same,
-    backwards,
-    by_torch,
-    checkpointed,
-    data,
-)
+from helpers.encoders import Encoder, adapted_encoder, assert_same, backwards, by_torch, checkpointed, data
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
