@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.adapters import adapted
+from helpers.calibration import record_norms
 from helpers.exports import CAUSAL, IDS, METHODS, UP_DOWN, gpt2, llama, net, outputs
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tolerances import rounding
@@ -72,9 +73,7 @@ def test_full_rank_mora_is_exported_on_request_only(mora_type: str, base: str, t
 def test_estimated_merges_export_what_they_merge(shortcut: str, estimator: str, tmp_path: Path) -> None:
     config = ResLoRAConfig(r=2, shortcut=shortcut, merge_estimator=estimator, **CAUSAL)
     model = adapted(llama(), config)
-    model.train()
-    outputs(model)  # records the norms
-    model.eval()
+    record_norms(model, [{"input_ids": IDS}])
     export = save_as_lora(tmp_path, model)
     assert not export.report.exact
     assert f"estimated by {estimator}" in str(export.report)

@@ -14,8 +14,6 @@ from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import export_lora, save_as_lora
 from peft_reslora.export.card import write_native_card
 
-pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=", "ignore:.*fan_in_fan_out")
-
 
 def test_the_card_tells_what_made_the_file(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from peft_reslora.export import export_lora, save_as_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=", "ignore:.*fan_in_fan_out")
+pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=")
 
 # The only fields that an exported config may have, so that PEFT before 0.14 reads it too.
 FIELDS = {

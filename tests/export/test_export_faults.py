@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import adapted
+from helpers.calibration import record_norms
 from helpers.exports import CAUSAL, IDS, UP_DOWN, llama, net, outputs
 from helpers.oracle import relative_error
 from helpers.tolerances import EPS
@@ -177,8 +178,8 @@ def test_an_update_of_another_shape_than_its_layer_is_refused() -> None:
 @pytest.mark.parametrize("share", [None, 0.5, 1.0])
 def test_each_layer_says_whether_its_merge_is_exact(shortcut: str, share: float | None, tmp_path: Path) -> None:
     config = ResLoRAConfig(r=2, shortcut=shortcut, **CAUSAL)
-    model = adapted(llama(), config).train()
-    model(IDS)
+    model = adapted(llama(), config)
+    record_norms(model, [{"input_ids": IDS}])
     if share is not None:
         anneal_shortcuts(model, share)
     model.eval().save_pretrained(tmp_path / "native")

@@ -25,8 +25,6 @@ from torch import nn
 
 from peft_reslora.export import export_lora, export_lora_from_files, save_as_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=", "ignore:.*fan_in_fan_out")
-
 
 def refused(base: nn.Module, config: PeftConfig, match: str, **arguments: object) -> None:
     model = get_peft_model(base, config)

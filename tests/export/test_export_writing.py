@@ -15,8 +15,6 @@ from torch import nn
 from peft_reslora import ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, save_as_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=", "ignore:.*fan_in_fan_out")
-
 
 def small_export() -> LoraExport:
     return export_lora(adapted(net(), LoraConfig(r=3, target_modules=UP_DOWN)))

@@ -28,8 +28,15 @@ from transformers import (
 
 from peft_reslora import ResLoRAConfig, describe_chains
 
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-MOE: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "vocab_size": 50, "num_local_experts": 3}
+MOE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "num_local_experts": 3,
+}
 
 
 def mixtral() -> nn.Module:

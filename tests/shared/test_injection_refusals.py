@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import both_tuners, config_of, every_tuner, tuner_layers
+from helpers.adapters import adapted, both_tuners, config_of, every_tuner, tuner_layers
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.refusals import refuse
 from helpers.tiny_models import llama, output_of
@@ -80,7 +80,7 @@ def test_a_refused_config_leaves_the_model_and_itself_as_they_were(tuner, case):
 @pytest.mark.parametrize(("tuner", "case"), CASES)
 def test_a_refused_second_adapter_leaves_the_first_at_work(tuner, case):
     good = {"r": 3, "target_modules": ["q_proj", "up_proj"]}
-    model = randomize_adapters(get_peft_model(tied_llama(), config_of(tuner, **good))).train()
+    model = adapted(tied_llama(), config_of(tuner, **good)).train()
     inputs = {"input_ids": torch.randint(1, 53, (2, 5))}
     expected = output_of(model, inputs)
     config, message = refused_config(tuner, case)

@@ -282,7 +282,7 @@ def test_gptq_layers_keep_their_shortcuts(tuner):
 
     config = ResLoRAConfig(r=4, target_modules=TARGETS, shortcut=tuner)
     config._register_custom_module({_StandInGPTQ: GPTQLoraLinear})
-    model = randomize_adapters(get_peft_model(_replace_linears(base(), _StandInGPTQ), config)).train()
+    model = adapted(_replace_linears(base(), _StandInGPTQ), config).train()
     assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "GPTQLoraLinear"
     plain = in_training(base(), tuner)
     for candidate in (model, plain):

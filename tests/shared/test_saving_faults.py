@@ -381,7 +381,7 @@ def test_a_model_that_waits_for_stamps_is_compiled_and_copied(tuner: str) -> Non
     """One that was made with the config of a saved adapter."""
     config = net_config(tuner)
     config.stamped = True
-    model = randomize_adapters(get_peft_model(Net(), config)).eval()
+    model = adapted(Net(), config)
     assert any(name.endswith(("lora_magnitude_vector.default", "mora_stamp.default")) for name in model.state_dict())
     copied = copy.deepcopy(model)
     run = torch.compile(model, backend="eager", fullgraph=True)

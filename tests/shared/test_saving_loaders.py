@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import adapted, config_of
+from helpers.calibration import record_norms
 from helpers.consumers import CONSUMERS, Refused
 from helpers.exports import read_folder
 from helpers.oracle import randomize_adapters, relative_error
@@ -58,9 +59,7 @@ def _prepared(kind: str) -> tuple[Path, nn.Module, dict[str, Any], torch.Tensor]
     base.save_pretrained(folder / "base")
     model = adapted(base, config_of_kind(kind))
     if kind not in ("mora", "block"):
-        model.train()
-        output_of(model, TINY.inputs())
-    model.eval()
+        record_norms(model, TINY.batches(1))
     batches = TINY.batches(4)
     if kind.endswith("calibrated"):
         calibrate_merge(model, batches, ridge=1e-2)
@@ -230,7 +229,7 @@ def test_loading_over_an_adapter_that_computes_otherwise_is_refused(change: str,
     kind, fields = CHANGES[change]
     base, _, inputs, expected = saved(kind, tmp_path)
     other = type(config_of_kind(kind))(**{"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], **fields})
-    model = randomize_adapters(get_peft_model(base, other)).eval()
+    model = adapted(base, other)
     before = output_of(model, inputs)
     for load in (
         lambda: model.load_adapter(tmp_path / "adapter", "default"),
@@ -250,7 +249,7 @@ def test_another_rank_over_an_adapter_changes_nothing(kind: str, tmp_path: Path)
     base, _, inputs, _ = saved(kind, tmp_path)
     config = config_of_kind(kind)
     config.r = 5
-    model = randomize_adapters(get_peft_model(base, config)).eval()
+    model = adapted(base, config)
     before = output_of(model, inputs)
     with pytest.raises(ValueError, match="does not fit"):
         model.load_adapter(tmp_path / "adapter", "default")

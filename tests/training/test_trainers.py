@@ -317,7 +317,7 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
     fields = {} if tuner == "mora" else {"pre_num": pre_num}
     adapter = llama_config(tuner, target_modules=["query", "ffn"], **fields)
     torch.manual_seed(0)
-    model = randomize_adapters(get_peft_model(AlbertModel(config), adapter)).eval()
+    model = adapted(AlbertModel(config), adapter)
     if tuner in ("input", "middle"):
         with pytest.raises(RuntimeError, match=r"ran again in one call of the model.*shortcut='block'"):
             model(**LLAMA_INPUTS)
