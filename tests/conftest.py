@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,10 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many thr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from helpers.command import Done
 
 import peft_reslora_cli
 
+if TYPE_CHECKING:
+    from helpers.command import Done
+
+pytest.register_assert_rewrite("helpers")  # before they are imported: a failing assertion there shows its values too
 ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 
 
@@ -70,6 +73,8 @@ def float64() -> Iterator[None]:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
     """Run `peft-reslora` in this process, and undo afterwards what it sets for the process."""
+    from helpers.command import Done
+
     monkeypatch.setenv("OMP_WAIT_POLICY", os.environ["OMP_WAIT_POLICY"])
 
     def run(*argv: object) -> Done:
