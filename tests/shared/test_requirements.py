@@ -7,15 +7,14 @@ import re
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
+from helpers.repository import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from peft_reslora import registration
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "peft_reslora_cli.py", *sorted((ROOT / "peft_reslora").rglob("*.py"))]
 OWN = {"peft_reslora", "peft_reslora_cli"}
 # Taken without an import of ours: the Trainer and `Tensor.numpy` need them, and templates of model cards.
