@@ -21,9 +21,7 @@ from tqdm import tqdm
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import LoraExport, export_lora, export_lora_from_files
 from peft_reslora.export.base import base_classes, fitting_bases, is_oversized, without_weights
-from peft_reslora.export.card import method_name
 from peft_reslora.export.reading import read_config, read_tensors, refuse_patterns, refuse_uncovered
-from peft_reslora.mora.model import size_table
 from peft_reslora.reslora.chain_table import ChainTable
 from peft_reslora.reslora.linking import find_chains_before_injection
 from peft_reslora.reslora.merging.estimators import (
@@ -34,6 +32,7 @@ from peft_reslora.reslora.merging.estimators import (
     chains_of_blocks,
     is_exact,
 )
+from peft_reslora.shared.card import method_name
 from peft_reslora.shared.names import bare_name
 from peft_reslora.shared.stamps import STAMP_NAMES
 from peft_reslora.shared.tables import format_table
@@ -140,7 +139,7 @@ def _describe_adapter(config: PeftConfig, tensors: dict[str, Tensor]) -> str:
         lines += [_describe_merge(config, list(blocks.values())), str(chains_of_blocks(config, blocks))]
     elif isinstance(config, MoRAConfig):
         lines += format_table(
-            size_table(config, {key: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim})
+            config.size_table({key: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim})
         )
     else:
         lines.append("Only ResLoRA links layers, so there are no chains.")

@@ -23,7 +23,7 @@ from torch import nn
 
 from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.linked_chain import Chain
-from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
 from peft_reslora.reslora.variant import ResLoRAVariant
 from peft_reslora.shared.base_weights import (
     computed_weight,
@@ -176,13 +176,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if place is None:
             return "no shortcut"
         chain, position = place
-        r, config = self.r[adapter_name], chain.config
-        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
-        dora = ", use_dora" if config.use_dora else ""
-        return (
-            f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
-            f"chain{dora}"
-        )
+        # `set_scale` is not saved
+        return chain.config.computation(self.r[adapter_name], self.lora_alpha[adapter_name], position)
 
     def layer_title(self, adapter_name: str) -> str:
         place = self.chain_of(adapter_name)
@@ -222,7 +217,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         self.lora_variant[adapter_name].chain.config.estimate = "calibrated"
 
     def anneal(self, adapter_name: str, estimate: torch.Tensor, share: float) -> None:
-        """Let `estimate`, E_n, take the `share` t of the shortcut's place in the forward pass from now on."""
+        """Keep `estimate` as the C_n that takes the `share` t of the shortcut's place in the forward from now on."""
         device = self.block_of(adapter_name).weights[0].device
         self.lora_shortcut[adapter_name] = estimate.to(device, torch.float32)
         self.lora_annealed[adapter_name] = torch.tensor(share, device=device, dtype=torch.float32)
@@ -256,15 +251,6 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             )
         chain, position = place
         return chain.merged_factors(position)
-
-    def merges_exactly(self, adapter_name: str) -> bool:
-        """Whether the merge of this layer computes what its forward pass does, see `layer_is_exact`."""
-        place = self.chain_of(adapter_name)
-        if place is None:
-            return True
-        chain, position = place
-        blocks = chain.blocks() if chain.planned is None else chain.planned.blocks
-        return layer_is_exact(blocks, position, chain.config)
 
     @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

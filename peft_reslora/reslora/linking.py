@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -33,7 +32,8 @@ from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.passes import add_doorway
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.host import Convolution, custom_modules, has_adapter, in_out_features
-from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
@@ -163,7 +163,7 @@ def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ResLoRALayer) and has_adapter(module, adapter_name):
-            yield bare_name(name, model).removeprefix("base_model.model."), module
+            yield bare_name(name, model).removeprefix(PREFIX), module
 
 
 def find_chains_before_injection(
@@ -192,8 +192,7 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
         in_features, out_features = in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
             continue  # a custom layer of PEFT's, which says so when it is made
-        pattern = config.rank_pattern or {}
-        rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+        rank = by_pattern(config.rank_pattern, name, config.r)
         if fault := oversized(rank, in_features, out_features):
             raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
         targets.append(Target(bare_name(name, model), in_features, out_features, rank))

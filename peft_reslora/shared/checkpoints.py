@@ -16,10 +16,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_reslora.shared.host import BufferDict, children_by_name, has_adapter, own_tensor_names
-from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.names import PREFIX, bare_name
 from peft_reslora.shared.stamps import StampedLayer, can_be_stamped, fault_against, make_stamp
 
-PREFIX = "base_model.model."
 Parts = dict[str, dict[str, torch.Tensor]]  # a layer's tensors by their names in it, by the layer's bare name
 Layer = TypeVar("Layer", bound=StampedLayer)
 
@@ -110,6 +109,7 @@ class _BareNames:
         self._model = model
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of the model, by bare names."""
         for name, module in self._model.named_modules():
             yield bare_name(name), module
 

@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import export_lora, save_as_lora
-from peft_reslora.export.card import write_native_card
+from peft_reslora.shared.card import write_native_card
 
 
 def test_the_card_tells_what_made_the_file(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_saving_a_native_adapter_writes_its_card(name: str, tmp_path: Path) -> N
 def test_the_report_is_a_table_and_plain_values() -> None:
     report = export_lora(adapted(net(), LoHaConfig(r=3, target_modules=UP_DOWN)), energy=0.8).report
     lines = str(report).splitlines()
-    assert len(lines) == 2 + 6
-    assert lines[2].startswith("blocks.0.up")
+    assert len(lines) == 3 + 6
+    assert lines[3].startswith("blocks.0.up")
     values = json.loads(json.dumps(report.to_dict()))
     assert values["layers"][0]["rank_before"] == 9
     assert all(0.8 <= row["energy_kept"] <= 1 for row in values["layers"])

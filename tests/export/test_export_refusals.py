@@ -139,7 +139,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict, match: str) -> None
 def test_parameters_that_are_elsewhere_are_refused() -> None:
     model = adapted(net(), LoraConfig(target_modules=UP_DOWN))
     model.base_model.model.blocks[0].up.lora_A.to("meta")
-    with pytest.raises(ValueError, match=r"layer 'blocks\.0\.up': its parameters are offloaded or sharded"):
+    with pytest.raises(ValueError, match=r"layer 'blocks\.0\.up': its parameters are sharded or offloaded"):
         export_lora(model)
 
 

@@ -65,7 +65,7 @@ def attempts(model: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
         "save_pretrained": lambda: model.save_pretrained(folder / "saved"),
         "export_lora": lambda: export_lora(model, rank=24).save_pretrained(folder / "exported"),
         "save_as_lora": lambda: save_as_lora(folder / "as_lora", model, rank=24),
-        "calibrate_merge": lambda: calibrate_merge(model, batches, progress=False),
+        "calibrate_merge": lambda: calibrate_merge(model, batches, progressbar=False),
         "merge_report": lambda: merge_report(model, batches),
         "merge_adapter": lambda: model.merge_adapter(),
     }

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_reslora import ResLoRAConfig
 from peft_reslora.reslora import calibrate_merge, merge_report
 from peft_reslora.reslora.merging.calibrate import RIDGES, Moments, choose_ridge, residual, ridge_regression
-from peft_reslora.reslora.merging.estimators import merged_factors_from_state_dict
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATE = rounding(40)  # sums over tokens are float64, the solution is stored in float32
@@ -194,10 +194,9 @@ def test_saved_estimates_merge_after_loading_and_from_the_files_alone(shortcut, 
     beside = get_peft_model(copy.deepcopy(base), ResLoRAConfig(target_modules=["q_proj"]), adapter_name="other")
     beside.load_adapter(tmp_path, adapter_name="default")
     beside.set_adapter("default")
-    pairs = merged_factors_from_state_dict(
-        model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
-    )
-    for name, (A, B) in pairs.items():
+    merges = merges_from_state_dict(model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors"))
+    for name, (merge, position) in merges.items():
+        A, B = merge.factors(position)
         delta = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
         assert relative_error(B @ A, delta) < FLOAT64
     expected = output_of(model.merge_and_unload(), inputs)
@@ -221,9 +220,7 @@ def test_checkpoints_without_estimates_take_them_away_and_damaged_ones_are_refus
         with pytest.raises(ValueError, match=message):
             set_peft_model_state_dict(model, damaged)
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.1.*lora_shortcut has the shape \(2, 24\) instead of"):
-        merged_factors_from_state_dict(
-            model.peft_config["default"], {**after, f"{key}.lora_shortcut": torch.zeros(2, 24)}
-        )
+        merges_from_state_dict(model.peft_config["default"], {**after, f"{key}.lora_shortcut": torch.zeros(2, 24)})
     set_peft_model_state_dict(model, after)
     assert estimate_of(model, "model.layers.1.mlp.up_proj").any()
 
@@ -322,7 +319,7 @@ def test_what_cannot_be_calibrated_is_refused(shortcut, prepare, arguments, mess
 
 def test_the_progress_bar_counts_batches(capsys):
     model = randomize_adapters(get_peft_model(llama(), ResLoRAConfig(target_modules=["q_proj"], shortcut="input")))
-    calibrate_merge(model, batches_of(), progress=True)
+    calibrate_merge(model, batches_of(), progressbar=True)
     assert "4/4" in capsys.readouterr().err
 
 

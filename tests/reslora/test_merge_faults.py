@@ -56,8 +56,10 @@ def test_each_layer_knows_whether_its_merge_is_exact(shortcut, pre_num, share):
         x, output = seen[name]
         delta = layer.get_delta_weight("default")
         missed = (output - layer.base_layer(x) - x @ delta.T).norm() / (x @ delta.T).norm()
-        assert (missed < 1e-6) == layer.merges_exactly("default"), name
-        assert layer.merges_exactly("default") == (shortcut == "block" or share == 1.0 or ".layers.0." in f".{name}")
+        chain, position = layer.chain_of("default")
+        exact, _ = chain.merge().exactness[position]
+        assert (missed < 1e-6) == exact, name
+        assert exact == (shortcut == "block" or share == 1.0 or ".layers.0." in f".{name}")
 
 
 # Global settings of torch's, under which a merge has to be what it is without them.

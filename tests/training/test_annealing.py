@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_reslora import ResLoRAConfig, export_lora
 from peft_reslora.reslora import calibrate_merge, merge_report
-from peft_reslora.reslora.merging.estimators import merged_factors_from_state_dict
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
 from peft_reslora.training.annealing import ShortcutAnnealing, anneal_shortcuts, annealed_share
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -100,10 +100,8 @@ def test_saved_and_loaded_adapters_stay_exact_and_export_needs_no_estimator(shor
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert relative_error(output_of(loaded, INPUTS), expected) < MODEL64
     assert export_lora(loaded).state_dict
-    pairs = merged_factors_from_state_dict(
-        model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
-    )
-    assert {A.shape[0] for A, _ in pairs.values()} == {3}
+    merges = merges_from_state_dict(model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors"))
+    assert {merge.factors(position)[0].shape[0] for merge, position in merges.values()} == {3}
     assert relative_error(output_of(loaded.merge_and_unload(), INPUTS), expected) < MODEL64
 
 

@@ -14,6 +14,7 @@ from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
 from peft_reslora.reslora.sums import SharedSum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
 from peft_reslora.shared.offloading import held_tensor
+from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A, B
 Term = tuple[torch.Tensor, torch.Tensor, float]  # A, B and s of one layer whose update takes part
@@ -141,16 +142,8 @@ def readable(weight: torch.Tensor, name: str, advice: str) -> torch.Tensor:
         RuntimeError: if it is sharded or offloaded; it names the layer and ends with `advice`.
     """
     if not is_readable(weight):
-        raise RuntimeError(
-            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
-            f"pass. {advice}"
-        )
+        raise RuntimeError(f"The LoRA factors of layer {name!r} are {NOT_HERE} outside of its forward pass. {advice}")
     return weight
-
-
-def is_readable(weight: torch.Tensor) -> bool:
-    """Whether the numbers of a factor are all here."""
-    return not (isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0)
 
 
 def is_plain(linear: nn.Module) -> bool:

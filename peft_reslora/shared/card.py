@@ -1,10 +1,10 @@
-"""Model cards: what an exported LoRA is and what made it, and how to use a native adapter."""
+"""Model cards: what all have in common, and that of a native adapter, which says how to load and export it."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from safetensors import safe_open
 
-from peft_reslora.export.report import COLUMNS, ExportReport
-from peft_reslora.mora import MoRAConfig
-from peft_reslora.mora.model import size_table
-from peft_reslora.shared.saving import WEIGHTS_FILE
-from peft_reslora.shared.text import code, code_block, prose
+from peft_reslora.shared.files import CARD_FILE, WEIGHTS_FILE
+from peft_reslora.shared.text import code, prose
 
 if TYPE_CHECKING:
-    from peft_reslora.export.checkpoint import LoraExport
+    from peft_reslora.shared.saving import SavedWhole
 
 # Where the task type leaves no doubt; sequence to sequence may be translation, summarization and others.
 _PIPELINE_TAGS = {
@@ -34,62 +31,7 @@ _START, _END = "<!-- peft_reslora: start -->", "<!-- peft_reslora: end -->"
 _PACKAGES = ("peft_reslora", "peft", "transformers", "torch")
 
 
-def lora_card(config: PeftConfig, report: ExportReport, command: str | None = None) -> str:
-    """The `README.md` of an exported LoRA.
-
-    Args:
-        config: the config in the same folder.
-        report: what the export did.
-        command: the shell command that made it, if it was one.
-    """
-    method = report.method.split(" ")[0]
-    return f"""{_head(config, ["lora", method.lower()])}
-# LoRA from {prose(report.method)}
-
-A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
-`peft_reslora`. The adapter was trained with {prose(method)}.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/or/repo")
-```
-
-## What the conversion kept
-
-{_kept(report)}
-
-## How it was made
-
-{code_block("sh", command) if command else code_block("python", report.call)}
-
-{_versions()}
-"""
-
-
-def pipeline_card(components: Mapping[str, LoraExport]) -> str:
-    """The `README.md` beside one file with the exports of several models of a diffusers pipeline."""
-    methods = sorted({export.report.method.split(" ")[0] for export in components.values()})
-    parts = "\n\n".join(f"### {code(name)}\n\n{_kept(export.report)}" for name, export in components.items())
-    config = next(iter(components.values())).config
-    return f"""{_head(config, ["lora", *map(str.lower, methods)])}
-# LoRA from {prose(", ".join(methods))} for a diffusers pipeline
-
-A standard LoRA for the models {", ".join(map(code, components))}: it loads without `peft_reslora`.
-
-```python
-pipeline.load_lora_weights("path/or/repo")
-```
-
-## What the conversion kept
-
-{parts}
-
-{_versions()}
-"""
-
-
-def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> None:
+def write_native_card(folder: str | os.PathLike[str], config: SavedWhole) -> None:
     """Let the `README.md` of a native adapter say how to load and export it; made if there is none.
 
     The card that PEFT writes holds blanks to fill in and nothing else. As long as nobody has written into it, it is
@@ -99,9 +41,9 @@ def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> Non
         folder: where the adapter is saved.
         config: of the adapter.
     """
-    file = Path(folder) / "README.md"
-    card = ModelCard.load(file) if file.exists() else ModelCard(_head(config, []))
-    text = f"{_START}\n{_native_text(config)}{_mora_sizes(Path(folder), config)}{_END}\n"
+    file = Path(folder) / CARD_FILE
+    card = ModelCard.load(file) if file.exists() else ModelCard(card_head(config, []))
+    text = f"{_START}\n{_native_text(config)}{_sizes(Path(folder) / WEIGHTS_FILE, config)}{_END}\n"
     before, start, rest = card.text.partition(_START)
     blank = ModelCard.from_template(ModelCardData()).text.split()
     if start:
@@ -115,24 +57,22 @@ def write_native_card(folder: str | os.PathLike[str], config: PeftConfig) -> Non
     card.save(file)
 
 
-def _kept(report: ExportReport) -> str:
-    """What the conversion kept, in words and as a table."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [(code(name), *map(prose, others)) for name, *others in (layer.cells() for layer in report.layers)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{prose(report.summary())}\n\n{table}"
+def _sizes(weights: Path, config: SavedWhole) -> str:
+    """What the method made of each kind of layer, from the weights beside the config, which PEFT writes first."""
+    sides = {}
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as tensors:
+            shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        sides = {key: shape[0] for key, shape in shapes.items() if shape}
+    rows = config.size_table(sides) if sides else []
+    return f"\n## Sizes\n\n{markdown_table(rows)}\n" if rows else ""
 
 
-def _mora_sizes(folder: Path, config: PeftConfig) -> str:
-    """What MoRA made of each kind of layer, from the weights beside the config, which PEFT writes first."""
-    weights = folder / WEIGHTS_FILE
-    if not isinstance(config, MoRAConfig) or not weights.is_file():
-        return ""
-    with safe_open(weights, framework="pt") as tensors:
-        sides = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys()}  # noqa: SIM118 - no iterator
-    header, *rows = size_table(config, sides)
-    lines = [header, ("---",) * len(header), *((code(role), *map(prose, others)) for role, *others in rows)]
-    return "\n## Sizes\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The rows, of which the first is the header, as a table of Markdown whose first column holds names of layers."""
+    header, *others = rows
+    lines = [header, ("---",) * len(header), *((code(name), *map(prose, cells)) for name, *cells in others)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def method_name(config: PeftConfig) -> str:
@@ -181,11 +121,12 @@ save_as_lora("lora", model)
 merged = model.merge_and_unload()
 ```
 
-{_versions()}
+{versions()}
 """
 
 
-def _head(config: PeftConfig, tags: list[str]) -> str:
+def card_head(config: PeftConfig, tags: list[str]) -> str:
+    """The YAML at the top of a card."""
     base_model, task_type = config.base_model_name_or_path, config.task_type
     data = ModelCardData(
         library_name="peft",
@@ -196,7 +137,8 @@ def _head(config: PeftConfig, tags: list[str]) -> str:
     return f"---\n{data.to_yaml().strip()}\n---\n"
 
 
-def _versions() -> str:
+def versions() -> str:
+    """A line with the versions of what made the file."""
     found = []
     for package in _PACKAGES:
         try:

@@ -1,37 +1,35 @@
-"""From an adapter, in a model or in a folder, to a `LoraExport`."""
+"""From an adapter in a model to a `LoraExport`."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import unknown_layers
-from peft_reslora.export.card import is_local, method_name
-from peft_reslora.export.checkpoint import PREFIX, LoraExport
-from peft_reslora.export.files import targets_in_files, updates_in_files
-from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
+from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
+from peft_reslora.export.factors import layer_factors
+from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
 from peft_reslora.export.pipeline import diffusers_prefix
-from peft_reslora.export.reading import read_adapter
-from peft_reslora.export.report import ExportReport, LayerReport
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
+    in_layer,
     name_of,
     refuse_config,
     refuse_resized,
-    tied_layers,
-    updates_in_model,
 )
 from peft_reslora.export.targets import (
     base_model_of,
+    layers_over,
     linear_shape,
     matched_besides,
     missing_partners,
@@ -40,12 +38,13 @@ from peft_reslora.export.targets import (
     target_names,
     tuner_layers,
 )
+from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linked_chain import planned
+from peft_reslora.reslora.linking import chains_among
+from peft_reslora.reslora.merging.estimators import Exactness
+from peft_reslora.shared.host import has_adapter, own_parameters
 from peft_reslora.shared.names import unwrapped
 from peft_reslora.shared.precision import full_precision
-
-_VLLM_DEFAULT_MAX_RANK = 16
-
-Shapes = Mapping[str, tuple[int, int]]  # (in_features, out_features) by module
 
 
 def export_lora(
@@ -82,7 +81,7 @@ def export_lora(
     """
     fit = Fit(rank, energy, dtype or torch.float32)
     export = _export(model, adapter_name, fit, fill_missing_layers, progressbar)
-    _warn(export)
+    export.warn()
     return export
 
 
@@ -102,49 +101,8 @@ def save_as_lora(
     """`export_lora` and `LoraExport.save_pretrained` in one call; the arguments are theirs."""
     fit = Fit(rank, energy, dtype or torch.float32)
     export = _export(model, adapter_name, fit, fill_missing_layers, progressbar)
-    _warn(export)
+    export.warn()
     export.save_pretrained(path, base_model, command=command)
-    return export
-
-
-def export_lora_from_files(
-    adapter_dir: str | os.PathLike[str],
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: torch.dtype | None = None,
-) -> LoraExport:
-    """Turn a saved ResLoRA, MoRA or LoRA adapter into a standard LoRA, without its base model.
-
-    Of MoRA, the files hold the shapes of no layer: the config of the base model has to be on this machine, in its
-    folder or the Hub's cache. Where it is, it also tells whether the files hold all layers.
-
-    What takes the base model is not done: layers without an update are not filled with zeros, `target_modules` are
-    the adapter's own where they are plain names and full module names otherwise, and there is no file for diffusers.
-    An estimator that reads base weights ('weight_norm') is refused; load the model and use `export_lora`.
-
-    Args:
-        adapter_dir: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-        rank, energy, dtype: as for `export_lora`.
-
-    Raises:
-        ValueError: naming the file that is missing, damaged or of another kind; or as `export_lora`.
-    """
-    fit = Fit(rank, energy, dtype or torch.float32)
-    adapter = read_adapter(Path(adapter_dir))
-    config: Any = adapter.config
-    updates = updates_in_files(adapter, fit)
-    lora_config = LoraConfig(
-        target_modules=targets_in_files(config, list(updates)),
-        fan_in_fan_out=adapter.fan_in_fan_out,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        auto_mapping=config.auto_mapping,
-    )
-    call = f"export_lora_from_files({adapter.name!r}{fit.arguments()})"
-    export = _assemble(updates, {}, lora_config, fit, config, call, None)
-    _warn(export)
     return export
 
 
@@ -170,7 +128,7 @@ def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: 
     )
     unfilled = "" if fill_missing_layers else ", fill_missing_layers=False"
     call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{unfilled})"
-    export = _assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_model))
+    export = assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_model))
     refuse_misfits(export.shapes(), modules)
     export.report.tied.update(tied_layers(updates, modules))
     export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))
@@ -200,68 +158,58 @@ def _complete(
 
 
 @full_precision()
-def _assemble(
-    updates: Mapping[str, FittedUpdate],
-    zeros: Shapes,
-    lora_config: LoraConfig,
-    fit: Fit,
-    source: PeftConfig,
-    call: str,
-    prefix: str | None,
-) -> LoraExport:
-    """Pad all pairs to one rank, and report."""
-    r = fit.file_rank(updates)
-    lora_config.r = lora_config.lora_alpha = r
-    lora_config.inference_mode = True
-    pairs = {
-        name: (torch.zeros(0, in_features, dtype=fit.dtype), torch.zeros(out_features, 0, dtype=fit.dtype))
-        for name, (in_features, out_features) in zeros.items()
+def updates_in_model(
+    modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
+) -> dict[str, FittedUpdate]:
+    """The update of every layer that has the adapter, by the module's name in the base model.
+
+    Args:
+        modules: of the base model, as from `named_base_modules`.
+        adapter_name: which adapter.
+        fit: how to fit each update into the file.
+        progressbar: show how many of the modules are done.
+
+    Raises:
+        ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
+    """
+    updates = {}
+    layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
+    with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
+        for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
+            for layer in layers_over(module):
+                if isinstance(layer, AuxiliaryTrainingWrapper) and has_adapter(layer, adapter_name):
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which "
+                        f"no LoRA can hold. {MERGE_INSTEAD}"
+                    )
+                if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
+                    with in_layer(adapter_name, name):
+                        factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
+                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
+    if not updates:
+        raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
+    return updates
+
+
+def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> Exactness:
+    """How the layer's update becomes one matrix; that of ResLoRA by the plan of its chain."""
+    place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
+    if place is None:
+        return AS_TRAINED
+    chain, position = place
+    return chain.merge().exactness[position]
+
+
+def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The exported layers whose weight another module uses as its own, such as an embedding; with that module."""
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        *_, base = layers_over(module)
+        for parameter in own_parameters(base):
+            users.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(user for user in names if user != name)
+        for names in users.values()
+        for name in names
+        if len(names) > 1 and name in exported
     }
-    pairs.update({name: (update.factors.A, update.factors.B) for name, update in updates.items()})
-    state_dict = {}
-    for name, (A, B) in pairs.items():
-        missing = r - A.shape[0]
-        state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
-        state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
-    dtype = str(fit.dtype).removeprefix("torch.")
-    layers = _layer_reports(updates, fit)
-    report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros))
-    return LoraExport(lora_config, state_dict, report, prefix)
-
-
-def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerReport]:
-    return [
-        LayerReport(
-            layer=name,
-            merge=update.merge,
-            exact=update.merge == EXACT and not update.truncated and fit.dtype == torch.float32,
-            rank_before=update.rank_before,
-            rank_after=update.factors.rank,
-            energy_kept=update.energy_kept,
-            relative_error=update.relative_error,
-        )
-        for name, update in updates.items()
-    ]
-
-
-def _warn(export: LoraExport) -> None:
-    """Say what the export will meet elsewhere; called by the function that the user called."""
-    r, base = export.config.r, export.config.base_model_name_or_path
-    sides = {name: min(shape) for name, shape in export.shapes().items()}
-    if r > _VLLM_DEFAULT_MAX_RANK:
-        warnings.warn(f"The LoRA has r={r}: vLLM needs --max-lora-rank {r} to serve it.", stacklevel=3)
-    if narrow := [name for name, side in sides.items() if side < r]:
-        warnings.warn(
-            f"The LoRA has r={r}, more than the smaller side of {len(narrow)} modules ({narrow[0]}: "
-            f"{sides[narrow[0]]}): Ollama's import of an adapter folder would misread them. Convert the folder with "
-            "llama.cpp, or export with a lower rank=.",
-            stacklevel=3,
-        )
-    for note in export.report.notes():
-        warnings.warn(note, stacklevel=3)
-    if base is not None and is_local(base):
-        warnings.warn(
-            f"The base model of the LoRA is the local path {base!r}, which others cannot load. Set "
-            "export.config.base_model_name_or_path to its Hub id before saving.",
-            stacklevel=3,
-        )
