@@ -64,6 +64,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
         self.mora_stamp = BufferDict(persistent=True)
+        self.arrivals = {}
         self.called_adapters = set()
         self._checked_by_compiler = set()
         self.r: dict[str, int] = {}

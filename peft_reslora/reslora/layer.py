@@ -473,5 +473,5 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
     for buffers in BUFFERS:
         setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
     module.lora_magnitude_vector = BufferDict(persistent=True)
-    module.__dict__.update(called_adapters=set(), _checked_by_compiler=set())
+    module.__dict__.update(arrivals={}, called_adapters=set(), _checked_by_compiler=set())
     module.__dict__["kept_base"] = []  # plain, not a submodule
