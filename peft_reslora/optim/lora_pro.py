@@ -112,8 +112,8 @@ class LoRAPro(PairOptimizer):
       to its G_j is least: one problem for the whole chain, which needs each G_j, and the factors' gradients know only
       the sums.
 
-    'middle' has no pairs, see `factor_pairs`; so has an adapter that is being annealed: make another optimizer before
-    the first annealing step.
+    'middle' has no pairs, and no adapter has them while its shortcut is annealed, see `factor_pairs`: annealing that
+    starts later needs another optimizer from the first.
 
     Args:
         params: pairs from `factor_pairs`, or groups: `{"pairs": pairs, "lr": ...}`, and `{"params": ...}` for

@@ -45,13 +45,9 @@ def factor_pairs(model: nn.Module, adapter_name: str = "default") -> list[Factor
         RuntimeError: naming the layer, if its factors are sharded or offloaded.
     """
     pairs: list[FactorPair] = []
-    adapters: set[str] = set()
     frozen = False
     for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        adapters |= set(layer._get_available_adapters())
-        if not has_adapter(layer, adapter_name):
+        if not isinstance(layer, BaseTunerLayer) or not has_adapter(layer, adapter_name):
             continue
         if reason := _why_no_pair(layer, adapter_name):
             raise ValueError(f"Adapter {adapter_name!r}, layer {name!r} ({type(layer).__name__}): {reason} {_INSTEAD}")
@@ -71,7 +67,7 @@ def factor_pairs(model: nn.Module, adapter_name: str = "default") -> list[Factor
         advice = "All are frozen: make it active with set_adapter, or load it with is_trainable=True."
         raise ValueError(
             f"Adapter {adapter_name!r} has no factors that are trained in this model. "
-            + (advice if frozen else f"The model has the adapters {sorted(adapters)}.")
+            + (advice if frozen else f"The model has the adapters {list(getattr(model, 'peft_config', {}))}.")
         )
     _refuse_shared(pairs)
     return pairs
