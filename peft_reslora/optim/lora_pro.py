@@ -55,7 +55,7 @@ def equivalent_gradient(A: Thin, B: Thin, left: torch.Tensor, right: torch.Tenso
         left: U^T G.
         right: G V.
     """
-    return B.left @ left + outside(B, right) @ A.right.t()
+    return (B.left @ left).addmm_(outside(B, right), A.right.t())
 
 
 def outside(B: Thin, matrix: torch.Tensor) -> torch.Tensor:

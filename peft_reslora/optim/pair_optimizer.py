@@ -139,7 +139,8 @@ def adam_direction(
     state["exp_avg"].lerp_(gradient, 1 - betas[0])
     state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     correction, correction_sq = (1 - beta ** state["step"] for beta in betas)
-    return (state["exp_avg"] / correction) / ((state["exp_avg_sq"] / correction_sq).sqrt() + eps)
+    divisor = state["exp_avg_sq"].sqrt().div_(math.sqrt(correction_sq)).add_(eps)
+    return torch.div(state["exp_avg"], divisor.mul_(correction), out=divisor)
 
 
 def decay_and_add(parameter: torch.Tensor, direction: torch.Tensor, group: dict[str, Any]) -> None:

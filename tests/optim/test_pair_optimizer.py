@@ -53,6 +53,7 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.quick(kind=["block"])
 @all_optimizers
 @pytest.mark.parametrize("kind", ["input", "block", "lora", "dora"])
 def test_training_learns(make, kind):

@@ -27,7 +27,7 @@ def adapted(tuner: str, **fields: Any) -> PeftModel:
     return get_peft_model(TINY_MODELS["llama"].make(), config).train()
 
 
-def losses(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 8) -> list[float]:
+def losses(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> list[float]:
     torch.manual_seed(1)
     ids = TINY_MODELS["llama"].inputs()["input_ids"]
     values = []
