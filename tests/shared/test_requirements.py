@@ -16,8 +16,8 @@ from packaging.utils import canonicalize_name
 from peft_reslora import registration
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "peft_reslora_cli.py", *sorted((ROOT / "peft_reslora").rglob("*.py"))]
 OWN = {"peft_reslora", "peft_reslora_cli"}
+SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).rglob("*.py"))]
 # Taken without an import of ours: the Trainer and `Tensor.numpy` need them, and templates of model cards.
 INDIRECT = {"numpy", "jinja2"}
 
