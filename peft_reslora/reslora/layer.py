@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import transpose
 from torch import nn
 
+from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
 from peft_reslora.reslora.variant import ResLoRAVariant
@@ -50,6 +51,8 @@ _VARIANT_AWARE = {
     "IncLoraLinear": "peft.tuners.lora.inc",
 }
 
+
+_STAMP = "lora_magnitude_vector"
 
 # What a layer holds by adapter besides the factors, in buffers of the adapter's checkpoint.
 BUFFERS = ("lora_norm", *SHORTCUT_PARTS)
@@ -117,20 +120,24 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
-    stamp_name = "lora_magnitude_vector"
-    part_names = ("lora_A", "lora_B", *BUFFERS)
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, stamp_name)
+    stamp_name = _STAMP
+    part_names = (*PARAMETER_NAMES, *BUFFERS)
+    adapter_layer_names: tuple[str, ...] = tuple(n for n in LoraLayer.adapter_layer_names if n != _STAMP)
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, _STAMP)
 
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
         variant = self.lora_variant.get(adapter_name)
         return (variant.chain, variant.position) if isinstance(variant, ResLoRAVariant) else None
 
+    def block_of(self, adapter_name: str) -> LinearBlock:
+        """The adapter on this layer, which has a place in a chain."""
+        return self.lora_variant[adapter_name].chain.kind(self, adapter_name)
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
         if chain.config.shortcut != "block":
-            device = self.lora_A[adapter_name].weight.device
+            device = self.block_of(adapter_name).weights[0].device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
             self.lora_norm[adapter_name] = window
         awaited = chain.config.estimate if chain.config.shortcut != "block" else None
@@ -143,7 +150,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def make_room_for_estimate(self, adapter_name: str, estimate: str) -> None:
         """Buffers for an estimate that is to be loaded, without numbers until then."""
-        weight = self.lora_A[adapter_name].weight
+        weight, _ = self.block_of(adapter_name).weights
         shapes = {"lora_shortcut": tuple(weight.shape), "lora_calibrated": (2 * weight.shape[0],), "lora_annealed": ()}
         del shapes["lora_calibrated" if estimate == "annealed" else "lora_annealed"]
         place = self.chain_of(adapter_name)
@@ -154,8 +161,9 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             buffers[adapter_name] = torch.full(shape, buffers.empty, device=weight.device, dtype=torch.float32)
 
     def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
-        factors = {name: getattr(self, name)[adapter_name].weight for name in ("lora_A", "lora_B")}
-        return factors | {name: stored(getattr(self, name), adapter_name) for name in BUFFERS}
+        return self.block_of(adapter_name).tensors() | {
+            name: stored(getattr(self, name), adapter_name) for name in BUFFERS
+        }
 
     def computation(self, adapter_name: str) -> str:
         place = self.chain_of(adapter_name)
@@ -200,7 +208,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""
-        A, B = self.lora_A[adapter_name].weight.detach(), self.lora_B[adapter_name].weight.detach()
+        A, B = (factor.detach() for factor in self.block_of(adapter_name).weights)
         if shortcut is not None:
             self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)
@@ -208,7 +216,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def anneal(self, adapter_name: str, estimate: torch.Tensor, share: float) -> None:
         """Let `estimate`, E_n, take the `share` t of the shortcut's place in the forward pass from now on."""
-        device = self.lora_A[adapter_name].weight.device
+        device = self.block_of(adapter_name).weights[0].device
         self.lora_shortcut[adapter_name] = estimate.to(device, torch.float32)
         self.lora_annealed[adapter_name] = torch.tensor(share, device=device, dtype=torch.float32)
         if adapter_name in self.lora_calibrated:
@@ -228,7 +236,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if place is None:
             raise ValueError(
                 f"Adapter {adapter_name!r} is not a ResLoRA adapter on this layer, which has "
-                f"{[name for name in self.lora_A if self.chain_of(name)]}."
+                f"{[name for name in self.r if self.chain_of(name)]}."
             )
         chain, position = place
         return chain.merged_factors(position)
@@ -248,16 +256,12 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if self.chain_of(adapter) is None:
             return super().get_delta_weight(adapter)
         A, B = self.merged_factors(adapter)
-        return transpose(B @ A, self.fan_in_fan_out).to(self.lora_B[adapter].weight.dtype)
+        return transpose(B @ A, self.fan_in_fan_out).to(self.block_of(adapter).weights[1].dtype)
 
     def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
         """`weight` plus the merged delta weight, rounded once."""
         A, B = self.merged_factors(adapter_name)
-        left, right = (A.t(), B.t()) if self.fan_in_fan_out else (B, A)
-        if weight.dtype != left.dtype or weight.device != left.device:
-            weight = weight if in_place else weight.clone()
-            return weight.add_((left @ right).to(weight.device))
-        return weight.addmm_(left, right) if in_place else torch.addmm(weight, left, right)
+        return self.block_of(adapter_name).merged(weight, A, B, in_place)
 
     @full_precision()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -293,7 +297,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of the adapters, the active ones by default, that the layer has and that are not merged into it."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in dict.fromkeys(names) if name in self.lora_A and name not in self.merged_adapters]
+        return [name for name in dict.fromkeys(names) if name in self.r and name not in self.merged_adapters]
 
     def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Refuse a merge that would be lost, or that would leave NaN or inf, while nothing has been changed.
@@ -350,7 +354,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     @property
     def layer_name(self) -> str:
         """For messages: the layer's name in the base model."""
-        places = map(self.chain_of, self.lora_A)
+        places = map(self.chain_of, self.r)
         return next((place[0].names[place[1]] for place in places if place is not None), "without a name")
 
     def _base_weight(self) -> torch.Tensor:
@@ -411,8 +415,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         # PEFT would cast a buffer to the base layer's dtype too; these stay in float32.
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffers in (getattr(self, name) for name in BUFFERS):
-            if adapter_name in buffers and adapter_name in self.lora_A:
-                weight = self.lora_A[adapter_name].weight
+            if adapter_name in buffers and self.chain_of(adapter_name) is not None:
+                weight, _ = self.block_of(adapter_name).weights
                 if not weight.is_meta and not buffers[adapter_name].is_meta:
                     buffers[adapter_name] = buffers[adapter_name].to(weight.device)
 

@@ -6,20 +6,32 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
+from peft_reslora.reslora.blocks import LinearBlock, block_kind
+from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.merging.estimators import Block, ChainMerge, check_finite
 from peft_reslora.reslora.relay import Doorway, Relay
-from peft_reslora.shared.offloading import held_tensor
+from peft_reslora.shared.host import BufferDict
 from peft_reslora.shared.tensors import stored
 
 if TYPE_CHECKING:
     from peft_reslora.reslora.config import ResLoRAConfig
-    from peft_reslora.reslora.layer import ResLoRALayer
+
+
+class ChainedLayer(Protocol):
+    """What a chain asks of its layers."""
+
+    r: dict[str, int]
+    lora_norm: BufferDict
+    lora_shortcut: BufferDict
+    lora_calibrated: BufferDict
+    lora_annealed: BufferDict
+
+    def check_loaded(self, adapter_name: str) -> None: ...
+    def unmerged_base_weight(self) -> torch.Tensor: ...
 
 
 class Chain:
@@ -32,7 +44,7 @@ class Chain:
     def __init__(
         self,
         names: Sequence[str],
-        layers: Sequence[ResLoRALayer],
+        layers: Sequence[ChainedLayer],
         adapter_name: str,
         config: ResLoRAConfig,
         doorways: Sequence[Doorway] = (),
@@ -40,6 +52,7 @@ class Chain:
         self.names = list(names)
         self.adapter_name = adapter_name
         self.config = config
+        self.kind = block_kind(config)
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
         self.merges_checked = False  # by whoever merges all layers
@@ -53,7 +66,7 @@ class Chain:
         return len(self.names)
 
     @property
-    def layers(self) -> list[ResLoRALayer]:
+    def layers(self) -> list[Any]:
         """All layers.
 
         Raises:
@@ -61,7 +74,7 @@ class Chain:
         """
         return [self.layer(position) for position in range(len(self))]
 
-    def layer(self, position: int) -> ResLoRALayer:
+    def layer(self, position: int) -> Any:
         """The layer at `position`.
 
         Raises:
@@ -78,23 +91,36 @@ class Chain:
             )
         return layer
 
-    def enter(self, position: int, layer: ResLoRALayer) -> None:
+    def enter(self, position: int, layer: Any) -> None:
         """Give a copied layer its place in the copy of the chain."""
         self._members[position] = weakref.ref(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": [None] * len(self)}
 
+    def block(self, position: int) -> LinearBlock:
+        """The adapter on the layer at `position`."""
+        return self.kind(self.layer(position), self.adapter_name)
+
+    def has(self, position: int) -> bool:
+        """Whether the layer at `position` is in the model."""
+        member = self._members[position]
+        return member is not None and member() is not None
+
+    def span(self, position: int) -> range:
+        """The layer's position and those of the earlier layers that feed it, nearest first."""
+        return range(position, position - 1 - reach(position, self.config.pre_num), -1)
+
     def blocks(self) -> list[Block]:
+        """The layers as merging sees them."""
         name = self.adapter_name
         for layer in self.layers:
             layer.check_loaded(name)
         return [
             Block(
                 layer_name,
-                readable(layer.lora_A[name], layer_name, _FROM_FILES, offloaded=True).detach(),
-                readable(layer.lora_B[name], layer_name, _FROM_FILES, offloaded=True).detach(),
-                layer.scaling[name],
+                *self.kind(layer, name).factors(layer_name, _FROM_FILES),
+                self.kind(layer, name).scaling,
                 stored(layer.lora_norm, name),
                 layer.unmerged_base_weight,
                 stored(layer.lora_shortcut, name),
@@ -138,29 +164,7 @@ def planned(chains: Iterable[Chain]) -> Iterator[None]:
             chain.keeps_plan, chain.planned = False, None
 
 
-_OTHER_SHORTCUT = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
 _FROM_FILES = (
     "Let the trainer save the adapter, and merge or export it from there: load it into a model without sharding and "
     "offloading, or call `peft-reslora export`."
 )
-
-
-def readable(linear: nn.Linear, name: str, advice: str = _OTHER_SHORTCUT, *, offloaded: bool = False) -> torch.Tensor:
-    """The factor's weight, refused where it is not there to be read outside of its own layer's forward.
-
-    Args:
-        linear: lora_A or lora_B.
-        name: the layer's, for the message.
-        advice: what to do, for the message.
-        offloaded: read what accelerate has offloaded from where it is kept, which no gradient reaches.
-
-    Raises:
-        RuntimeError: if it is sharded, or offloaded otherwise.
-    """
-    weight = held_tensor(linear, "weight") if offloaded else linear.weight
-    if isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
-        raise RuntimeError(
-            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
-            f"pass. {advice}"
-        )
-    return weight

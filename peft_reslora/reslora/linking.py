@@ -29,7 +29,7 @@ from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.relay import add_doorway
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
-from peft_reslora.shared.host import Convolution, custom_modules, in_out_features
+from peft_reslora.shared.host import Convolution, custom_modules, has_adapter, in_out_features
 from peft_reslora.shared.names import bare_name
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
@@ -159,7 +159,7 @@ def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
-        if isinstance(module, ResLoRALayer) and adapter_name in module.lora_A:
+        if isinstance(module, ResLoRALayer) and has_adapter(module, adapter_name):
             yield bare_name(name, model).removeprefix("base_model.model."), module
 
 

@@ -302,9 +302,9 @@ def _settle_combination(model: nn.Module, adapter_name: str, config: ResLoRAConf
         layer.check_loaded(adapter_name)  # nothing was: there is no estimate, and no stamp to come
         layer.use_rslora[adapter_name] = False
         layer.scaling[adapter_name] = config.lora_alpha / config.r
-        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        rank = A.weight.shape[0]
-        A.out_features = B.in_features = rank
+        block = layer.block_of(adapter_name)
+        rank = block.weights[0].shape[0]
+        block.set_rank(rank)
         if rank == layer.r[adapter_name]:
             continue
         layer.r[adapter_name] = rank

@@ -37,7 +37,7 @@ from peft_reslora.reslora.recompute import (
     give,
     take,
 )
-from peft_reslora.reslora.shortcuts import SharedSum
+from peft_reslora.reslora.sums import SharedSum
 from peft_reslora.shared.host import pre_hooks, remove_hooks, version_of
 
 _keys = itertools.count()

@@ -128,7 +128,7 @@ def adapted_layers(model: nn.Module, kind: type[Layer], adapter_name: str) -> It
 
 def _parts_of(name: str, layer: StampedLayer, adapter_name: str, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """A layer's tensors in a checkpoint, by the names of `stamped_parts`."""
-    parts = {part: (f"{name}.{part}", f"{name}.{part}.weight") for part in layer.part_names}
+    parts = {part: (f"{name}.{part}", f"{name}.{part}.weight") for part in layer.stamped_parts(adapter_name)}
     return {part: next((given[key] for key in keys if key in given), None) for part, keys in parts.items()}
 
 
@@ -172,7 +172,7 @@ def _refuse_misfit(
     ranks = {
         key: f", that of r={layer.r[adapter_name]}"
         for name, layer in layers.items()
-        for part in layer.part_names
+        for part in layer.stamped_parts(adapter_name)
         for key in (f"{name}.{part}", f"{name}.{part}.weight")
         if key in held
     }

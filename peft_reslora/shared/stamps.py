@@ -133,12 +133,12 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     """
 
     stamp_name: str  # the attribute that holds the stamps
-    part_names: tuple[str, ...]  # the attributes that hold what belongs to an adapter, and is stamped
+    part_names: tuple[str, ...]  # the attributes that may hold what belongs to an adapter, and is stamped
     r: dict[str, int]  # by adapter
     _checked_by_compiler: set[str]  # adapters that were compared with their stamps while a graph was traced
 
     def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
-        """The tensors that belong to the adapter on this layer, by all of `part_names`."""
+        """The tensors that belong to the adapter on this layer, by names that all adapters of its kind have."""
         raise NotImplementedError
 
     def computation(self, adapter_name: str) -> str:

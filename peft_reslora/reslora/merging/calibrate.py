@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from peft_reslora.reslora.blocks.linear import is_readable
 from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.linking import chains_of
@@ -187,8 +187,7 @@ def ready_chains(model: nn.Module, adapter_name: str) -> list[Chain]:
         )
     for chain in chains:
         for name, layer in zip(chain.names, chain.layers, strict=True):
-            factors = (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
-            if any(isinstance(factor, DTensor) or factor.is_meta or factor.numel() == 0 for factor in factors):
+            if not all(map(is_readable, layer.block_of(adapter_name).weights)):
                 raise ValueError(
                     f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read. Load the model "
                     "without sharding and offloading for this."
@@ -349,7 +348,7 @@ class _Observer:
             return
         x = args[0] if args else kwargs["x"]
         by_input = chain.config.shortcut == "input"
-        A = widen(layer.lora_A[chain.adapter_name].weight)
+        A = widen(layer.block_of(chain.adapter_name).weights[0])
         own = x if by_input else x.to(A.dtype) @ A.t()
         if seen:
             earlier = [self.handed[id(chain), n - k] for k in range(1, reach(n, chain.config.pre_num) + 1)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
@@ -298,13 +299,13 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        for part in ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS):
+        for part in (*FACTOR_KEYS, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
-        A, B = found.get("lora_A.weight"), found.get("lora_B.weight")
+        A, B = (found.get(key) for key in FACTOR_KEYS)
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
             raise ValueError(
@@ -323,7 +324,7 @@ def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.
     C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
     faults = []
     if C is not None and C.shape != A.shape:
-        faults.append(f"{SHORTCUT_PARTS[0]} has the shape {tuple(C.shape)} instead of lora_A's {tuple(A.shape)}")
+        faults.append(f"{SHORTCUT_PARTS[0]} has the shape {tuple(C.shape)} instead of A's {tuple(A.shape)}")
     if annealed is not None and C is None:
         faults.append(f"it holds {SHORTCUT_PARTS[2]} without {SHORTCUT_PARTS[0]}")
     if C is not None and sketch is None and annealed is None:

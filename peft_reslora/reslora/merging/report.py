@@ -231,7 +231,7 @@ def _refuse_nothing(sums: Iterable[_Sums]) -> None:
 
 def _core(chain: Chain, n: int) -> torch.Tensor:
     """`(r, r)`, which has B_n's effect on norms: |B_n v| = |v @ core|."""
-    B = widen(chain.layers[n].lora_B[chain.adapter_name].weight.detach())
+    B = widen(chain.block(n).weights[1].detach())
     return torch.linalg.qr(B).R.t()
 
 

@@ -1,0 +1,208 @@
+"""The block of a linear layer: PEFT's LoRA, s B A, with A `(r, in_features)` and B `(out_features, r)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
+from peft_reslora.reslora.sums import SharedSum
+from peft_reslora.shared.host import is_bare_linear, is_transformed
+from peft_reslora.shared.offloading import held_tensor
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # A, B
+Term = tuple[torch.Tensor, torch.Tensor, float]  # A, B and s of one layer whose update takes part
+
+
+FACTOR_NAMES = ("lora_A", "lora_B")  # the layer's attributes, and parts of the keys of a checkpoint
+FACTOR_KEYS = tuple(f"{name}.weight" for name in FACTOR_NAMES)
+
+
+class LinearBlock:
+    """One adapter's block on one of PEFT's LoRA layers over `nn.Linear`, a quantized linear layer or Conv1D.
+
+    A view, made for each use: it holds nothing but the layer.
+    """
+
+    names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
+    __slots__ = ("adapter_name", "layer")
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer = layer
+        self.adapter_name = adapter_name
+
+    @property
+    def modules(self) -> tuple[nn.Linear, nn.Linear]:
+        """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
+        return self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+
+    @property
+    def dropout(self) -> nn.Module:
+        return self.layer.lora_dropout[self.adapter_name]
+
+    @property
+    def scaling(self) -> float:
+        """s: PEFT's alpha / r, or alpha / sqrt(r), times what `set_scale` has set."""
+        return self.layer.scaling[self.adapter_name]
+
+    @property
+    def weights(self) -> Factors:
+        """A and B as the modules hold them, wherever that is."""
+        A, B = self.modules
+        return A.weight, B.weight
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the block keeps in a checkpoint, by the names of the layer's attributes."""
+        return dict(zip(FACTOR_NAMES, self.weights, strict=True))
+
+    def factors(self, name: str, advice: str) -> Factors:
+        """A and B detached, read also from where accelerate keeps what it has offloaded.
+
+        Args:
+            name: the layer's, for the message.
+            advice: what to do, for the message.
+
+        Raises:
+            RuntimeError: if they are sharded, or offloaded otherwise.
+        """
+        A, B = (readable(held_tensor(module, "weight"), name, advice) for module in self.modules)
+        return A.detach(), B.detach()
+
+    def set_rank(self, rank: int) -> None:
+        """Let the modules say the rank that their weights have."""
+        A, B = self.modules
+        A.out_features = B.in_features = rank
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """A D(x), `(..., r)`."""
+        return self.project_dropped(self.dropout(x))
+
+    def project_dropped(self, dropped: torch.Tensor) -> torch.Tensor:
+        """A x, `(..., r)`, of an input that has been through the dropout."""
+        A, _ = self.modules
+        return A(dropped)
+
+    def project_sum(self, x: torch.Tensor, previous: torch.Tensor, sums: SharedSum | None) -> torch.Tensor:
+        """A D(x + previous), `(..., r)`: Eq. 2.
+
+        Args:
+            sums: what the layers of one forward share of such sums.
+        """
+        A, _ = self.modules
+        if torch.compiler.is_compiling() or is_transformed() or not (is_plain(A) and is_inactive(self.dropout)):
+            return input_hidden(x, previous, self.dropout, A)
+        total = x + previous if sums is None else sums(x, previous)
+        return ProjectedSum.apply(total, x, previous, A.weight, sums)
+
+    def expand(self, hidden: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` plus s B `hidden`."""
+        _, B = self.modules
+        if is_plain(B):
+            return add_update(result, hidden, B.weight, self.scaling)
+        return result + B(hidden) * self.scaling
+
+    def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
+        """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""
+        hidden = block_hidden(x, [A for A, _, _ in terms], self.dropout)
+        common = terms[0][2] if len({s for _, _, s in terms}) == 1 else 1.0
+        B = torch.cat([B if s == common else B * s for _, B, s in terms], dim=1)
+        return add_update(result, hidden, B, common)
+
+    def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """`weight`, in its own orientation, plus the merged update B A, rounded once."""
+        left, right = (A.t(), B.t()) if self.layer.fan_in_fan_out else (B, A)
+        if weight.dtype != left.dtype or weight.device != left.device:
+            weight = weight if in_place else weight.clone()
+            return weight.add_((left @ right).to(weight.device))
+        return weight.addmm_(left, right) if in_place else torch.addmm(weight, left, right)
+
+
+def readable(weight: torch.Tensor, name: str, advice: str) -> torch.Tensor:
+    """A factor, refused where it is not there to be read outside of its own layer's forward.
+
+    Raises:
+        RuntimeError: if it is sharded or offloaded; it names the layer and ends with `advice`.
+    """
+    if not is_readable(weight):
+        raise RuntimeError(
+            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
+            f"pass. {advice}"
+        )
+    return weight
+
+
+def is_readable(weight: torch.Tensor) -> bool:
+    """Whether the numbers of a factor are all here."""
+    return not (isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a call of `linear` does nothing but multiply by its weight: no hooks, no wrapped forward, no sharding.
+
+    Offloading and sharding engines act on calls of the modules that hold A and B.
+    """
+    return is_bare_linear(linear) and not isinstance(linear.weight, DTensor)
+
+
+def is_inactive(dropout: nn.Module) -> bool:
+    """Whether a dropout lets everything through."""
+    return isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not dropout.training)
+
+
+class ProjectedSum(torch.autograd.Function):
+    """A `total`, where total = x + previous, saving x and previous in its place.
+
+    Layers with a common input have in common what they save, then, and as much as in LoRA: their inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: torch.Tensor,
+        x: torch.Tensor,
+        previous: torch.Tensor,
+        factor_a: torch.Tensor,
+        sums: SharedSum | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, previous, factor_a)
+        ctx.first_in_chain = previous is x
+        ctx.sums = sums
+        return F.linear(total, factor_a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+        x, previous, factor_a = ctx.saved_tensors
+        grad_total = grad_a = None
+        if ctx.needs_input_grad[0]:
+            grad_total = (grad @ factor_a.to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[3]:
+            # With a graph of the backward, the sum would hold what holds it.
+            alone = ctx.sums is None or torch.is_grad_enabled()
+            total = (x + previous if alone else ctx.sums(x, previous)).to(grad.dtype)
+            grad_a = (_rows(grad).t() @ _rows(total)).to(factor_a.dtype)
+        if ctx.first_in_chain and ctx.sums is not None:
+            ctx.sums.forget()
+        return grad_total, None, None, grad_a, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`(..., n)` as `(rows, n)`."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """result + scaling * hidden @ B.T, in one pass over the output where the dtypes allow it.
+
+    Args:
+        result: the base layer's output `(..., out_features)`.
+        hidden: `(..., r)`.
+        factor_b: B, `(out_features, r)`.
+    """
+    if result.dtype != hidden.dtype:
+        return result + F.linear(hidden, factor_b) * scaling
+    return torch.addmm(_rows(result), _rows(hidden), factor_b.t(), alpha=scaling).view(result.shape)

@@ -1,0 +1,165 @@
+"""How the layers of a 'block' chain have each other's factors.
+
+In general a layer reads them where they are, in the other layers. Engines that shard or load parameters for the call
+of their own layer only, and re-entrant checkpointing, allow for less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, Term, readable
+from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.sums import whole_update_is_cheaper
+from peft_reslora.shared.host import is_bare_linear, is_tensor_parallel, is_transformed
+
+_ADVICE = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
+
+
+class Way(Enum):
+    """How a layer has the factors of the layers before it."""
+
+    READ = auto()  # where they are
+    SUMMED = auto()  # as one running sum of whole updates B A, each layer's added to that of the layer before
+    HANDED = auto()  # as copies, which each layer hands on in its own forward
+    CALLED = auto()  # by calls of the other layers' modules, whose hooks load the factors wherever they run
+
+
+class _Seen(NamedTuple):
+    """What the factors of a chain look like.
+
+    Args:
+        sharded: they are whole in their own layer's forward only, as under FSDP2.
+        hooked: they are loaded by hooks on their modules, or are computed with in another way than they look.
+    """
+
+    sharded: bool
+    hooked: bool
+
+
+def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
+    """How the layer at `position`, whose input is `x`, has the factors of those before it.
+
+    They are handed under FSDP2, and in re-entrant checkpointing, where a parameter would be given a part of its
+    gradient by each region that reads it, while DDP, ZeRO and hooks wait for the first only, and a region that asks
+    for the gradients of its own parameters would lose the others'.
+    """
+    if torch.compiler.is_compiling():  # what is looked at is guarded
+        seen = _look(chain, _neighbors(chain, position))
+    else:
+        seen = chain.relay.once(
+            lambda: _look(chain, range(len(chain))), lambda: _look(chain, _neighbors(chain, position))
+        )
+    if seen.sharded or chain.relay.crosses_graphs(position):
+        return Way.HANDED
+    if seen.hooked:
+        return Way.CALLED
+    return Way.SUMMED if _sums_updates(chain, position, x) else Way.READ
+
+
+def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[Term]:
+    """A, B and s of the layer at `position` and of those that feed it, nearest first, on the device."""
+    pairs = _handed(chain, position) if way is Way.HANDED else [read(chain, k) for k in chain.span(position)]
+    scalings = [chain.block(k).scaling for k in chain.span(position)]
+    return [(A.to(device), B.to(device), s) for (A, B), s in zip(pairs, scalings, strict=True)]
+
+
+def read(chain: Chain, position: int) -> Factors:
+    """A and B of a layer, where they are."""
+    A, B = chain.block(position).weights
+    name = chain.names[position]
+    return readable(A, name, _ADVICE), readable(B, name, _ADVICE)
+
+
+def add_by_calls(chain: Chain, position: int, dropped: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """`result` plus the sum of the s_k B_k A_k D(x), each by calls of its modules."""
+    for k in chain.span(position):
+        block = chain.block(k)
+        lora_a, lora_b = block.modules
+        update = lora_b(lora_a(dropped).to(dropped.device)).to(result.device)
+        result = result + update * block.scaling
+    return result
+
+
+def summed_update(chain: Chain, position: int, device: torch.device) -> torch.Tensor:
+    """U `(out_features, in_features)`, the sum of the s_k B_k A_k of this layer and of all earlier ones."""
+
+    def start() -> torch.Tensor:
+        all_terms = terms(chain, position, Way.SUMMED, device)
+        return torch.cat([B * s for _, B, s in all_terms], dim=1) @ torch.cat([A for A, _, _ in all_terms])
+
+    def extend(before: torch.Tensor) -> torch.Tensor:
+        A, B = (factor.to(device) for factor in read(chain, position))
+        return torch.addmm(before.to(device), B * chain.block(position).scaling, A)
+
+    return chain.relay.total(position, start, extend)
+
+
+def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
+    """Whether to keep one running sum of whole updates: in deep chains that take from all layers.
+
+    Only in the precision of the factors, since the sum would be rounded once per layer.
+    """
+    if chain.config.pre_num != -1 or position == 0:
+        return False
+    if torch.compiler.is_compiling() or is_transformed() or torch.is_autocast_enabled(x.device.type):
+        return False
+    A, B = chain.block(position).weights
+    return x.dtype == A.dtype in (torch.float32, torch.float64) and whole_update_is_cheaper(
+        x.numel() // x.shape[-1], A.shape[0], chain.ranks[position], A.shape[1], B.shape[0]
+    )
+
+
+def _look(chain: Chain, positions: Iterable[int]) -> _Seen:
+    blocks = [chain.block(k) for k in positions if chain.has(k)]
+    sharded = any(map(_is_sharded, blocks))
+    return _Seen(sharded, not all(is_bare_linear(linear) for block in blocks for linear in block.modules))
+
+
+def _neighbors(chain: Chain, position: int) -> range:
+    """The positions that give to this layer or take from it, and its own."""
+    reached = chain.relay.pre_num
+    return range(max(0, position - reached), min(position + reached + 1, len(chain)))
+
+
+def _is_sharded(block: LinearBlock) -> bool:
+    """Whether the factors are whole in their own layer's forward only.
+
+    Those of tensor parallelism never are: a call of their modules does what it takes, wherever they are called.
+    """
+    meshes = [weight.device_mesh for weight in block.weights if isinstance(weight, DTensor)]
+    # More than one dimension of the mesh is sharded besides.
+    return bool(meshes) and (not is_tensor_parallel(block.layer.get_base_layer()) or meshes[0].ndim > 1)
+
+
+def _handed(chain: Chain, position: int) -> list[Factors]:
+    """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
+    own = [_whole(linear, chain.names[position]) for linear in chain.block(position).modules]
+    handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
+    values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
+    return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]
+
+
+def _whole(linear: nn.Linear, name: str) -> torch.Tensor:
+    """The weight, as its own layer's forward sees it."""
+    if is_bare_linear(linear) or isinstance(linear.weight, DTensor):
+        return readable(linear.weight, name, _ADVICE)
+    return weight_by_call(linear)
+
+
+def weight_by_call(linear: nn.Linear) -> torch.Tensor:
+    """The weight `(out, in)`, as what a call makes of the identity, where hooks load it only for the call."""
+    return linear(torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)).t()
+
+
+def _unflatten(block: LinearBlock, flat: torch.Tensor) -> Factors:
+    lora_a, lora_b = block.modules
+    r = lora_a.out_features
+    A, B = flat.split((r * lora_a.in_features, r * lora_b.out_features))
+    return A.view(r, lora_a.in_features), B.view(lora_b.out_features, r)
