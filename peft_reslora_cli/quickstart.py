@@ -31,8 +31,6 @@ def add_parser(commands: Commands) -> ArgumentParser:
 
 def run(args: Namespace) -> int:
     """Run the quickstart: 0, or 1 where its check of the export fails."""
-    try:
-        from peft_reslora.recipes.quickstart import run_quickstart
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the quickstart needs {error.name}; run: pip install 'peft_reslora[demo]'") from error
+    from peft_reslora.recipes.quickstart import run_quickstart
+
     return 0 if run_quickstart(args.out, args.shortcut, args.steps, args.seed, say) else 1
