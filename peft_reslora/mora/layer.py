@@ -64,6 +64,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
         self.mora_stamp = BufferDict(persistent=True)
+        self.called_adapters = set()
         self._checked_by_compiler = set()
         self.r: dict[str, int] = {}
         self.mora_type: dict[str, MoRAType] = {}
@@ -231,6 +232,7 @@ class MoRALinear(nn.Module, MoRALayer):
         for adapter_name in self.active_adapters:
             if adapter_name in self.mora_M:
                 self._refuse_offloaded_training(self.mora_M[adapter_name], x)
+                self.note_call(adapter_name)
                 M = self.mora_M(adapter_name)
                 if (scale := self.scaling[adapter_name]) != 1:
                     M = M * scale
@@ -323,6 +325,7 @@ class MoRALinear(nn.Module, MoRALayer):
             )
             self.unmerge()
         super().delete_adapter(adapter_name)
+        self.called_adapters.discard(adapter_name)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoRALinear:
         super()._apply(fn, recurse)

@@ -29,6 +29,7 @@ from peft_reslora.shared.base_weights import (
 )
 from peft_reslora.shared.checkpoints import NativeCheckpoints, refuse_adapter_name
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
+from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
 from peft_reslora.shared.host import in_out_features
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import find_targets, is_plain_linear, refuse_merged
@@ -81,6 +82,12 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
             refuse_merged(model, adapter_name)
             targets.narrow(config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            watch_first_pass(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # past the hooks of the model (PEFT 0.21.2)
+        after_pass(self.model)
+        return output
 
     def _warn_of_an_uncopied_reference(self, model: nn.Module, adapter_name: str) -> None:
         """TRL's trainers (read in 1.16) add a reference with the config of the trained adapter, and copy into it the
@@ -154,6 +161,11 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
         merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         untie(merged, layers)
         return merged
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_watching(unloaded)
+        return unloaded
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> dict[str, MoRALinear]:
         """The layers into which the adapters are merged or are to be, if they can be."""

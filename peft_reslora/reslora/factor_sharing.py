@@ -58,6 +58,8 @@ def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
         )
     if seen.sharded or chain.relay.crosses_graphs(position):
         return Way.HANDED
+    if not chain.kind.adds_up:
+        return Way.HANDED if seen.hooked else Way.READ
     if seen.hooked:
         return Way.CALLED
     return Way.SUMMED if _sums_updates(chain, position, x) else Way.READ

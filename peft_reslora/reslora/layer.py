@@ -122,7 +122,9 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
     stamp_name = _STAMP
     part_names = (*PARAMETER_NAMES, *BUFFERS)
-    adapter_layer_names: tuple[str, ...] = tuple(n for n in LoraLayer.adapter_layer_names if n != _STAMP)
+    adapter_layer_names: tuple[str, ...] = tuple(
+        dict.fromkeys(name for name in (*LoraLayer.adapter_layer_names, *PARAMETER_NAMES) if name != _STAMP)
+    )
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, _STAMP)
 
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
@@ -133,9 +135,13 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """The adapter on this layer, which has a place in a chain."""
         return self.lora_variant[adapter_name].chain.kind(self, adapter_name)
 
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """PEFT's own variants are not used: blocks know what a config asks for."""
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
+        self.block_of(adapter_name).start()
         if chain.config.shortcut != "block":
             device = self.block_of(adapter_name).weights[0].device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
@@ -172,9 +178,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         chain, position = place
         r, config = self.r[adapter_name], chain.config
         scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
+        dora = ", use_dora" if config.use_dora else ""
         return (
             f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
-            "chain"
+            f"chain{dora}"
         )
 
     def layer_title(self, adapter_name: str) -> str:
@@ -230,8 +237,17 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         Exact for 'block', by the config's `merge_estimator` for 'input' and 'middle'.
 
         Raises:
-            ValueError: if the estimator lacks its data, or a factor is not finite.
+            ValueError: if the estimator lacks its data, a factor is not finite, or the update has no low rank.
         """
+        if self.chain_of(adapter_name) is not None and not self.block_of(adapter_name).adds_up:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has use_dora=True: what it adds to the weight of layer "
+                f"{self.layer_name!r} is no matrix of low rank. Merge it with merge_and_unload()."
+            )
+        return self._factors_of_merge(adapter_name)
+
+    @full_precision()
+    def _factors_of_merge(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.chain_of(adapter_name)
         if place is None:
             raise ValueError(
@@ -255,12 +271,13 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""
         if self.chain_of(adapter) is None:
             return super().get_delta_weight(adapter)
-        A, B = self.merged_factors(adapter)
-        return transpose(B @ A, self.fan_in_fan_out).to(self.block_of(adapter).weights[1].dtype)
+        block = self.block_of(adapter)
+        delta = block.delta(*self._factors_of_merge(adapter))
+        return transpose(delta, self.fan_in_fan_out).to(block.weights[1].dtype)
 
     def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
         """`weight` plus the merged delta weight, rounded once."""
-        A, B = self.merged_factors(adapter_name)
+        A, B = self._factors_of_merge(adapter_name)
         return self.block_of(adapter_name).merged(weight, A, B, in_place)
 
     @full_precision()
@@ -323,8 +340,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         place = self.chain_of(adapter_name)
         if place is None:
             return float(self.get_delta_weight(adapter_name).abs().max())
-        A, B = place[0].merge().factors(place[1])
-        return float(torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max())
+        return self.block_of(adapter_name).largest_entry(*place[0].merge().factors(place[1]))
 
     def _keeps_base(self, adapter_names: Sequence[str]) -> bool:
         return all(chain.keeps_base_weights for chain in self._chains(adapter_names))
@@ -368,6 +384,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     @full_precision()
     def unmerged_base_weight(self) -> torch.Tensor:
+        """`frozen_weight`, for merging."""
+        return self.frozen_weight()
+
+    def frozen_weight(self) -> torch.Tensor:
         """W_n `(out_features, in_features)` without any adapter, dequantised."""
         refuse_repacked(self.get_base_layer(), self.layer_name)
         if not self.merged_adapters:
@@ -388,7 +408,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if self.chain_of(adapter_name) is None:
             return super().supports_lora_conversion(adapter_name)
         try:
-            self.merged_factors(adapter_name)
+            self._factors_of_merge(adapter_name)
         except ValueError:
             return False
         return True
@@ -407,6 +427,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """Leave the chain, and what was recorded in it, as if the adapter were new."""
         self.lora_variant.pop(adapter_name, None)
         self.forget_stamp(adapter_name)
+        self.called_adapters.discard(adapter_name)
         for buffers in (getattr(self, name) for name in BUFFERS):
             if adapter_name in buffers:
                 del buffers[adapter_name]
@@ -459,8 +480,12 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
             "exclude_modules, or use LoraConfig."
         )
     module.__class__ = _subclass(kind.__name__)
+    module.__dict__.pop("adapter_layer_names", None)  # what PEFT's own variant has added, which is not used
+    for parameters in PARAMETER_NAMES:
+        if not hasattr(module, parameters):
+            setattr(module, parameters, nn.ParameterDict())
     for buffers in BUFFERS:
         setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
     module.lora_magnitude_vector = BufferDict(persistent=True)
-    module.__dict__["_checked_by_compiler"] = set()
+    module.__dict__.update(called_adapters=set(), _checked_by_compiler=set())
     module.__dict__["kept_base"] = []  # plain, not a submodule

@@ -27,7 +27,7 @@ from peft_reslora.reslora.cuts import (
 )
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
-from peft_reslora.reslora.relay import add_doorway
+from peft_reslora.reslora.passes import add_doorway
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.host import Convolution, custom_modules, has_adapter, in_out_features
 from peft_reslora.shared.names import bare_name

@@ -25,7 +25,7 @@ from peft_reslora.reslora.linking import (
     own_config,
 )
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact
-from peft_reslora.reslora.relay import doorway_of, remove_doorways
+from peft_reslora.reslora.passes import doorway_of, remove_doorways
 from peft_reslora.shared.base_weights import (
     broken_adapter_message,
     merged_or_not,
@@ -37,6 +37,7 @@ from peft_reslora.shared.base_weights import (
 )
 from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
 from peft_reslora.shared.fields import refuse_slow_patterns
+from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
 from peft_reslora.shared.host import BufferDict, own_parameter
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import refuse_merged
@@ -74,6 +75,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                     layer.forget(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             link_chains(model, config, adapter_name)
+            watch_first_pass(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT calls the model's `forward` (read in 0.21.2), past the hooks by which a chain knows its forward pass.
@@ -82,9 +84,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             return super().forward(*args, **kwargs)
         doorway.enter(self.model, ())
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
         finally:
             doorway.leave(self.model, (), None)
+        after_pass(self.model)
+        return output
 
     def _create_and_replace(
         self,
@@ -132,6 +136,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         remove_doorways(unloaded)
+        stop_watching(unloaded)
         untie(unloaded, merging)
         return unloaded
 
@@ -225,6 +230,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 f"The adapters {adapters} have different shortcuts, (shortcut, pre_num) {sorted(linked)}; one adapter "
                 "cannot hold them all. Export each with save_as_lora and combine those."
             )
+        if dora := [a for a in adapters if a in self.peft_config and self.peft_config[a].use_dora]:
+            raise ValueError(
+                f"Adapter {dora[0]!r} has use_dora=True, whose norms are not those of a sum. Merge the adapters one "
+                "after the other with merge_and_unload()."
+            )
         annealed = [
             a for a in adapters for chain in chains_of(self.model, a) if any(b.annealed for b in chain.blocks())
         ]
@@ -233,6 +243,27 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 f"Adapter {annealed[0]!r} has been annealed, and the new one would have its shortcuts again. Export "
                 "each with save_as_lora, which is exact for annealed adapters, and combine those."
             )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """As `NativeCheckpoints` has it.
+
+        Raises:
+            ValueError: if the model lacks a layer on which later ones of its chain depend, so that what it computes
+                would not be that of the layers that are saved.
+        """
+        held = {id(layer) for _, layer in adapted_layers(model, ResLoRALayer, adapter_name)}
+        for chain in chains_of(model, adapter_name):
+            present = [chain.has(n) and id(chain.layer(n)) in held for n in range(len(chain))]
+            if (first := present.index(False) if False in present else len(chain)) < sum(present):
+                raise ValueError(
+                    f"Layer {chain.names[first]!r} of adapter {adapter_name!r} is not in this model, but later layers "
+                    "of its chain are, and they were trained with it. Save the whole model's adapter, or take away "
+                    "the last blocks of the model only."
+                )
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

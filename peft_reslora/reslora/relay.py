@@ -1,9 +1,4 @@
-"""Relay: how the layers of a chain hand tensors on within one forward pass.
-
-A pass belongs to a call of a module that holds the whole chain. A `Doorway` on each such module opens a scope when it
-is called and closes it when the call ends, also by an exception; what was handed on ends with it. A layer takes from
-the innermost open scope of its chain in its own thread. Called on its own, outside of any, it has nothing to take
-from, so that it never sees what an earlier pass has left.
+"""Relay: how the layers of a chain hand tensors on within one forward pass (`passes.py`).
 
 In an ordinary forward pass the tensor itself is handed on, graph and all: autograd then does what it always does. What
 checkpointing needs besides is in `recompute`: there a layer takes what it took the first time.
@@ -12,152 +7,30 @@ checkpointing needs besides is in `recompute`: there a layer takes what it took 
 from __future__ import annotations
 
 import itertools
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from peft_reslora.reslora.chain_table import reach
+from peft_reslora.reslora.passes import Doorway, ForwardPass, Given, Scope, innermost_scope, nest_in
 from peft_reslora.reslora.recompute import (
     INSIDE,
     NO_REGION,
     Kept,
-    Ledger,
     Nest,
     Region,
     Replay,
-    Surroundings,
     Taken,
-    enclosing_regions,
     give,
     take,
 )
 from peft_reslora.reslora.sums import SharedSum
-from peft_reslora.shared.host import pre_hooks, remove_hooks, version_of
+from peft_reslora.shared.host import version_of
 
 _keys = itertools.count()
 _T = TypeVar("_T")
-
-
-class Given:
-    """What one layer has handed on: the tensor, its version then, and the regions in which it ran."""
-
-    def __init__(self, value: torch.Tensor, version: int, regions: dict[Region, Taken], takers: int) -> None:
-        self.value = value
-        self.version = version
-        self.regions = regions
-        self.takers = takers  # in a recomputation: how many layers are still to take it
-
-    @property
-    def without_graph(self) -> bool:
-        return any(region.reentrant for region in self.regions)
-
-
-class ForwardPass:
-    """What the layers of one chain handed on in one forward pass, by position, until the last taker has run."""
-
-    def __init__(self, ledger: Ledger | None = None) -> None:
-        self.ledger = Ledger() if ledger is None else ledger
-        self.given: dict[int, Given] = {}
-        self.last = -1  # the position that ran last
-
-
-class Scope:
-    """One call of a module that holds whole chains."""
-
-    def __init__(self, doorway: Doorway) -> None:
-        self.doorway = doorway
-        self.passes: dict[int, ForwardPass] = {}  # the running one of each chain
-        self.sums = SharedSum()
-        self.totals: dict[int, tuple[int, bool, torch.Tensor]] = {}  # of each chain: see `Relay.total`
-        self.facts: dict[int, Any] = {}  # of each chain: see `Relay.once`
-        self.around: Surroundings | None = None
-        self.nest = NO_REGION
-        self.inner: tuple[Surroundings, Nest] | None = None  # the region last seen within this call
-
-    def close(self) -> None:
-        self.sums.forget()
-        self.totals.clear()
-        for forward_pass in self.passes.values():
-            forward_pass.given.clear()
-
-
-class _Running(threading.local):
-    """The open scopes of a thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.scopes: list[Scope] = []
-
-
-_running = _Running()
-
-
-class Doorway:
-    """Opens a scope when the module is called on which its hooks stand. Copies of the module have their own."""
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        scope = Scope(self)
-        scopes = _running.scopes
-        if not torch.compiler.is_compiling():
-            self._drop_interrupted(module)
-            outer = scopes[-1] if scopes else None
-            scope.around = Surroundings.now()
-            scope.nest = _nest_in(outer, scope.around)
-        scopes.append(scope)
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        scopes = _running.scopes
-        if any(scope.doorway is self for scope in scopes):
-            while True:
-                scope = scopes.pop()
-                scope.close()
-                if scope.doorway is self:
-                    break
-
-    def _drop_interrupted(self, module: nn.Module) -> None:
-        """Drop scopes that an interrupt has left open (hooks run after an `Exception`, but not after others)."""
-        scopes = _running.scopes
-        first = next((i for i, scope in enumerate(scopes) if scope.doorway is self), None)
-        if first is not None and not _is_running(module):
-            for scope in scopes[first:]:
-                scope.close()
-            del scopes[first:]
-
-
-def _is_running(module: nn.Module) -> bool:
-    """Whether a call of `module` is under way around the one that has just begun."""
-    calls = 0
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return calls > 1
-
-
-def doorway_of(module: nn.Module) -> Doorway | None:
-    """The doorway on a module, if it has one."""
-    owners = (getattr(hook, "__self__", None) for hook in pre_hooks(module))
-    return next((owner for owner in owners if isinstance(owner, Doorway)), None)
-
-
-def add_doorway(module: nn.Module) -> Doorway:
-    """The doorway on a module; made if there is none."""
-    if (doorway := doorway_of(module)) is None:
-        doorway = Doorway()
-        module.register_forward_pre_hook(doorway.enter)
-        module.register_forward_hook(doorway.leave, always_call=True)
-    return doorway
-
-
-def remove_doorways(model: nn.Module) -> None:
-    """Take all doorways off a model from which the adapters are gone."""
-    for module in model.modules():
-        remove_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), Doorway))
 
 
 @dataclass
@@ -206,7 +79,7 @@ class Relay:
         """
         if torch.compiler.is_compiling():
             return False
-        nest = _nest_in(self._scope())
+        nest = nest_in(self._scope())
         return nest.reentrant if nest.replay is None else nest.replay.has(self.key, position)
 
     def pass_on(self, position: int, value: torch.Tensor) -> Handed:
@@ -218,7 +91,7 @@ class Relay:
             ValueError: if the tensors that are to be added have different shapes.
         """
         scope = self._scope()
-        nest = NO_REGION if torch.compiler.is_compiling() else _nest_in(scope)
+        nest = NO_REGION if torch.compiler.is_compiling() else nest_in(scope)
         replay = nest.replay
         first = None if replay is None else self._first_time(replay, position)
         if replay is not None and first is not None:
@@ -258,7 +131,7 @@ class Relay:
         """A sum over the layers up to `position`: that of the layer before, extended, if that layer has made one in
         this forward pass, and started anew otherwise."""
         scope = self._scope()
-        if scope is None or _nest_in(scope) is not NO_REGION:
+        if scope is None or nest_in(scope) is not NO_REGION:
             return start()
         before = scope.totals.get(self.key)
         goes_on = before is not None and before[:2] == (position - 1, torch.is_grad_enabled())
@@ -268,11 +141,7 @@ class Relay:
 
     def _scope(self) -> Scope | None:
         """The innermost running call of a module that holds the chain."""
-        for scope in reversed(_running.scopes):
-            for doorway in self.doorways:
-                if scope.doorway is doorway:
-                    return scope
-        return None
+        return innermost_scope(self.doorways)
 
     def _givers(self, position: int) -> range:
         return range(position - 1, position - 1 - reach(position, self.pre_num), -1)
@@ -414,7 +283,8 @@ class Relay:
             return (
                 f"Layer {name!r} ran before its predecessor {before!r}, or outside of a call of a module that holds "
                 f"both: {needs} in the same forward pass. Call the model, or the part of it that holds the whole "
-                "chain, or use shortcut='block'. Part of a model, such as a pipeline stage, can only have the latter."
+                "chain (not its `forward`), or use shortcut='block'. Part of a model, such as a pipeline stage, can "
+                "only have the latter."
             )
         if forward_pass is not None and forward_pass.last >= position:
             return (
@@ -444,18 +314,3 @@ def _seen_from(region: Region, given: Given) -> Kept:
         giver.takers += 1
         return INSIDE
     return region.keep(given.value)
-
-
-def _nest_in(scope: Scope | None, around: Surroundings | None = None) -> Nest:
-    """The regions around the running code, of which `scope` may know them already."""
-    around = Surroundings.now() if around is None else around
-    if around.plain:
-        return NO_REGION
-    if scope is not None and scope.around == around:
-        return scope.nest
-    if scope is not None and scope.inner is not None and scope.inner[0] == around:
-        return scope.inner[1]
-    nest = enclosing_regions(around)
-    if scope is not None and around.tells_the_region:
-        scope.inner = around, nest
-    return nest

@@ -30,6 +30,7 @@ class ResLoRAVariant(LoraVariant):
         """The base layer's output `result` plus the update; `x` is `(..., in_features)`."""
         block = self.chain.kind(module, active_adapter)
         self._refuse_offloaded_training(block, x)
+        module.note_call(active_adapter)
         match self.chain.config.shortcut:
             case "input":
                 hidden = self._input(block, x)

@@ -111,6 +111,11 @@ def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The forward hooks on a module. torch 2.6 to 2.13."""
+    return list(module._forward_hooks.values())
+
+
 def remove_hooks(module: nn.Module, chosen: Callable[[Callable[..., Any]], bool]) -> None:
     """Take forward hooks off a module. torch's own handles do not survive a copy of the model. torch 2.6 to 2.13."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -135,6 +135,7 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     stamp_name: str  # the attribute that holds the stamps
     part_names: tuple[str, ...]  # the attributes that may hold what belongs to an adapter, and is stamped
     r: dict[str, int]  # by adapter
+    called_adapters: set[str]  # that have taken part in a forward pass
     _checked_by_compiler: set[str]  # adapters that were compared with their stamps while a graph was traced
 
     def stamped_parts(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
@@ -148,6 +149,11 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     def accepted_computations(self, adapter_name: str) -> list[str]:
         """Those for which a checkpoint may have been saved that is loaded into this layer."""
         return [self.computation(adapter_name)]
+
+    def note_call(self, adapter_name: str) -> None:
+        """The adapter takes part in a forward pass."""
+        if not torch.compiler.is_compiling():
+            self.called_adapters.add(adapter_name)
 
     def layer_title(self, adapter_name: str) -> str:
         """The layer's name, for messages."""

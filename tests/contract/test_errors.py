@@ -31,7 +31,10 @@ from peft_reslora import ResLoRAConfig
         ({"norm_window": 0}, r"norm_window=0 must be a positive integer"),
         ({"r": 0}, r"r=0 must be a positive integer"),
         ({"r": -4}, r"r=-4 must be a positive integer"),
-        ({"use_dora": True}, r"use_dora=True changes what a LoRA block computes"),
+        (
+            {"use_dora": True, "shortcut": "middle"},
+            r"use_dora=True with shortcut=.middle., whose merge is an estimate",
+        ),
         ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens=\[1, 2\] changes"),
         ({"lora_bias": True}, r"lora_bias=True changes"),
         ({"use_qalora": True}, r"use_qalora=True changes"),

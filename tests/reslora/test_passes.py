@@ -493,7 +493,7 @@ def test_an_interrupt_leaves_no_trace_in_the_next_pass(shortcut, pre_num):
     with pytest.raises(KeyboardInterrupt):
         base(data())
     handle.remove()
-    from peft_reslora.reslora.relay import _running
+    from peft_reslora.reslora.passes import _running
 
     assert relative_error(base(data(seed=3)), encoder(shortcut, pre_num)(data(seed=3))) < BOUND
     assert _running.scopes == []
@@ -754,7 +754,7 @@ def test_no_more_is_held_than_by_lora():
 @pytest.mark.parametrize("around", ["plain", "checkpointed"])
 def test_a_deep_chain_that_takes_from_all_sums_whole_updates(dropout, around, monkeypatch):
     """Where that is cheaper than the factors side by side; unequal shapes, scalings and ranks."""
-    from peft_reslora.reslora import variant
+    from peft_reslora.reslora import factor_sharing
 
     torch.manual_seed(0)
     patterns = {"rank_pattern": {r"layers\.2\.up": 3}, "alpha_pattern": {r"layers\.1\.down": 5}}
@@ -770,7 +770,7 @@ def test_a_deep_chain_that_takes_from_all_sums_whole_updates(dropout, around, mo
             asked.append(sizes)
             return cheaper
 
-        monkeypatch.setattr(variant, "whole_update_is_cheaper", decided)
+        monkeypatch.setattr(factor_sharing, "whole_update_is_cheaper", decided)
         torch.manual_seed(3)
         results.append(backwards(candidate, data(), data(seed=2)))
         assert (3, 2, 13, 5, 7) in asked
@@ -780,6 +780,6 @@ def test_a_deep_chain_that_takes_from_all_sums_whole_updates(dropout, around, mo
 @pytest.mark.parametrize(("rows", "ranks", "expected"), [(256, 100, False), (256, 1600, True), (1, 800, False)])
 def test_when_whole_updates_are_cheaper(rows, ranks, expected):
     """Multiplications counted: rows (in + out) R against in out (rows + r)."""
-    from peft_reslora.reslora.shortcuts import whole_update_is_cheaper
+    from peft_reslora.reslora.sums import whole_update_is_cheaper
 
     assert whole_update_is_cheaper(rows, 8, ranks, 256, 256) is expected

@@ -31,6 +31,7 @@ class LinearBlock:
     """
 
     names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
+    adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
     __slots__ = ("adapter_name", "layer")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
@@ -56,6 +57,9 @@ class LinearBlock:
         """A and B as the modules hold them, wherever that is."""
         A, B = self.modules
         return A.weight, B.weight
+
+    def start(self) -> None:
+        """Make what a new adapter has besides the factors, which PEFT makes: nothing."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the block keeps in a checkpoint, by the names of the layer's attributes."""
@@ -113,6 +117,14 @@ class LinearBlock:
         common = terms[0][2] if len({s for _, _, s in terms}) == 1 else 1.0
         B = torch.cat([B if s == common else B * s for _, B, s in terms], dim=1)
         return add_update(result, hidden, B, common)
+
+    def delta(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """What merging the factors `A` and `B`, scaling included, adds to the base weight: `(out, in)`."""
+        return B @ A
+
+    def largest_entry(self, A: torch.Tensor, B: torch.Tensor) -> float:
+        """A bound on the entries of `delta`: |b_i . a_j| <= |b_i| |a_j|; not finite if a factor is not."""
+        return float(torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max())
 
     def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
         """`weight`, in its own orientation, plus the merged update B A, rounded once."""
