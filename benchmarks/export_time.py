@@ -10,6 +10,8 @@ with the quartiles of the rounds' ratios, and the relative errors ||delta - B A|
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from common import Ratio, in_turns, new_parser, parse, seconds, show, write_json
@@ -42,7 +44,8 @@ def conversions(model: PeftModel, rank: int) -> dict[str, Callable[[], StateDict
 @torch.no_grad()
 def error(state_dict: StateDict, model: PeftModel) -> float:
     """||delta - B A||_F / ||delta||_F, with the delta weight of the layer itself."""
-    delta = model.base_model.model[0].get_delta_weight("default")
+    layer: Any = model.get_submodule("base_model.model.0")
+    delta = layer.get_delta_weight("default")
     A, B = (state_dict[f"base_model.model.0.lora_{factor}.weight"] for factor in "AB")
     return float((delta - B @ A).norm() / delta.norm())
 
@@ -56,11 +59,11 @@ def main() -> None:
     options = parse(parser, {"size": 64, "rank": 8, "rounds": 2})
     torch.set_num_threads(options.threads)
 
-    results = []
+    results: list[dict[str, Any]] = []
     for name, config in CONFIGS.items():
         model = adapted(config, options.size)
         both = conversions(model, options.rank)
-        times = in_turns({who: lambda run=run: seconds(run) for who, run in both.items()}, options.rounds, warmups=0)
+        times = in_turns({who: partial(seconds, run) for who, run in both.items()}, options.rounds, warmups=0)
         results.append(
             {
                 "method": name,

@@ -35,9 +35,14 @@ from torch import nn
 from peft_reslora import ResLoRAConfig
 from peft_reslora.recipes.minilm import build_base, find_weights, load_base
 from peft_reslora.reslora import calibrate_merge
+from peft_reslora.reslora.config import Shortcut
 from peft_reslora.training import anneal_shortcuts, annealed_share
 
-VARIANTS = {"input": ("input", 1), "middle, m=1": ("middle", 1), "middle, m=all": ("middle", -1)}
+VARIANTS: dict[str, tuple[Shortcut, int]] = {
+    "input": ("input", 1),
+    "middle, m=1": ("middle", 1),
+    "middle, m=all": ("middle", -1),
+}
 ESTIMATORS = ("drop", "input_norm", "weight_norm", "least_squares")
 RANK, BATCH, RATE, CALIBRATION = 8, 16, 1e-3, 512
 ANNEAL_FROM, ANNEAL_TO = 2 / 3, 0.9
@@ -153,7 +158,7 @@ def run(task: Task, variant: str, steps: int, seed: int) -> dict[str, Any]:
     )
     model = get_peft_model(copy.deepcopy(task.base), config)
     batches = task.train(steps, seed)
-    fork = None
+    fork: Any = None
     begin = time.process_time()
     for step, state in fit(model, batches):
         if fork is None and annealed_share((step + 1) / steps, ANNEAL_FROM, ANNEAL_TO) > 0.0:
@@ -165,8 +170,9 @@ def run(task: Task, variant: str, steps: int, seed: int) -> dict[str, Any]:
     fits = calibrate_merge(model, task.calibration)
     result: dict[str, Any] = {"epoch_s": epoch, "calibration_s": time.process_time() - begin}
     result["residual"] = statistics.median(layer.error for layer in fits.values())
+    adapter: Any = model.peft_config["default"]
     for estimator in ESTIMATORS:
-        model.peft_config["default"].merge_estimator = estimator
+        adapter.merge_estimator = estimator
         merged = copy.deepcopy(model).merge_and_unload()
         result[estimator] = compare(unmerged, predictions(merged, task.dev), task.dev)
 

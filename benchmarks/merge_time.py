@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
+from typing import Any
 
 import torch
 from common import Ratio, in_turns, llama, new_parser, parse, seconds, show, write_json
@@ -19,7 +21,7 @@ from torch import nn
 from peft_reslora import MoRAConfig, ResLoRAConfig
 
 BASELINE = "LoRA"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "ResLoRA input, input_norm": {"shortcut": "input"},
     "ResLoRA input, weight_norm": {"shortcut": "input", "merge_estimator": "weight_norm"},
     "ResLoRA middle, input_norm": {"shortcut": "middle"},
@@ -30,7 +32,7 @@ VARIANTS = {
 
 
 def configs(rank: int) -> dict[str, PeftConfig]:
-    fields = {"r": rank, "target_modules": "all-linear"}
+    fields: dict[str, Any] = {"r": rank, "target_modules": "all-linear"}
     return {
         BASELINE: LoraConfig(**fields, init_lora_weights=False),
         **{name: ResLoRAConfig(**fields, init_lora_weights=False, **own) for name, own in VARIANTS.items()},
@@ -62,11 +64,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     base = llama(options.hidden, options.layers, vocab=100).to(options.device, getattr(torch, options.dtype))
-    jobs = {
-        name: lambda config=config: merge_time(base, config, options) for name, config in configs(options.rank).items()
-    }
+    jobs = {name: partial(merge_time, base, config, options) for name, config in configs(options.rank).items()}
     times = in_turns(jobs, options.rounds)
-    results = [
+    results: list[dict[str, Any]] = [
         {"method": name, "seconds": min(own), "to_lora": Ratio.of(own, times[BASELINE])} for name, own in times.items()
     ]
     rows = [(r["method"], f"{r['seconds']:.4f}", str(r["to_lora"])) for r in results]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,40 +50,45 @@ from peft import (
 from torch import nn
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
+from peft_reslora.mora.operators import MoRAType
+from peft_reslora.reslora.config import Shortcut
 
 FLOOR, BASELINE = "frozen base", "LoRA"
 SMALLEST = {"hidden": 64, "layers": 2, "batch": 1, "tokens": 2}
 QUICK = {"hidden": 64, "layers": 2, "batch": 1, "tokens": 16, "rounds": 2}
 _ALL_STEPS = 10**6  # of AdaLoRA's schedule, which has to know
 
-METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig | None]] = {
-    FLOOR: lambda o: None,
-    BASELINE: lambda o: LoraConfig(r=o.rank, lora_dropout=o.dropout),
-    "DoRA": lambda o: LoraConfig(r=o.rank, lora_dropout=o.dropout, use_dora=True),
-    "AdaLoRA": lambda o: AdaLoraConfig(
-        init_r=o.rank, target_r=max(1, o.rank // 2), lora_dropout=o.dropout, total_step=_ALL_STEPS
-    ),
-    "LoHa": lambda o: LoHaConfig(r=max(1, o.rank // 2), module_dropout=o.dropout),
-    "LoKr": lambda o: LoKrConfig(r=o.rank, module_dropout=o.dropout),
-    "C3A": lambda o: C3AConfig(block_size=c3a_block(o.hidden, o.rank)),
-    "MiSS": lambda o: MissConfig(r=2 * o.rank, miss_dropout=o.dropout),
-    **{
-        f"MoRA {kind}": lambda o, kind=kind: MoRAConfig(r=o.rank, mora_dropout=o.dropout, mora_type=kind)
-        for kind in ("sharing", "decoupling", "rotation")
-    },
-    **{
-        f"ResLoRA {shortcut}, pre_num {pre_num}": lambda o, shortcut=shortcut, pre_num=pre_num: ResLoRAConfig(
-            r=o.rank, lora_dropout=o.dropout, shortcut=shortcut, pre_num=pre_num
-        )
-        for shortcut, pre_num in [("input", 1), *((s, n) for s in ("block", "middle") for n in (1, 4, -1))]
-    },
-}
+
+def configs(rank: int, hidden: int, dropout: float) -> dict[str, PeftConfig | None]:
+    """What each method is to be configured as, besides its targets; None for no adapter."""
+    half = max(1, rank // 2)
+    found: dict[str, PeftConfig | None] = {
+        FLOOR: None,
+        BASELINE: LoraConfig(r=rank, lora_dropout=dropout),
+        "DoRA": LoraConfig(r=rank, lora_dropout=dropout, use_dora=True),
+        "AdaLoRA": AdaLoraConfig(init_r=rank, target_r=half, lora_dropout=dropout, total_step=_ALL_STEPS),
+        "LoHa": LoHaConfig(r=half, module_dropout=dropout),
+        "LoKr": LoKrConfig(r=rank, module_dropout=dropout),
+        "C3A": C3AConfig(block_size=c3a_block(hidden, rank)),
+        "MiSS": MissConfig(r=2 * rank, miss_dropout=dropout),
+    }
+    mora_types: tuple[MoRAType, ...] = ("sharing", "decoupling", "rotation")
+    for mora_type in mora_types:
+        found[f"MoRA {mora_type}"] = MoRAConfig(r=rank, mora_dropout=dropout, mora_type=mora_type)
+    variants: dict[Shortcut, tuple[int, ...]] = {"input": (1,), "block": (1, 4, -1), "middle": (1, 4, -1)}
+    for shortcut, pre_num in ((s, n) for s, numbers in variants.items() for n in numbers):
+        config = ResLoRAConfig(r=rank, lora_dropout=dropout, shortcut=shortcut, pre_num=pre_num)
+        found[f"ResLoRA {shortcut}, pre_num {pre_num}"] = config
+    return found
 
 
 def c3a_block(hidden: int, rank: int) -> int:
     """The block size that divides all features and gives a square layer the parameters of LoRA of the same rank."""
     divisor = math.gcd(hidden // 2, hidden * 11 // 4)
     return math.gcd(divisor, 1 << max(0, (hidden // (2 * rank)).bit_length() - 1))
+
+
+METHODS = tuple(configs(rank=8, hidden=64, dropout=0.0))
 
 
 def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
@@ -92,11 +98,11 @@ def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[
     model: Any = twin(base)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    autocast = {"device_type": torch.device(options.device).type, "enabled": options.autocast != "none"}
+    autocast: dict[str, Any] = {"device_type": torch.device(options.device).type, "enabled": False}
     if options.autocast != "none":
-        autocast["dtype"] = getattr(torch, options.autocast)
+        autocast |= {"enabled": True, "dtype": getattr(torch, options.autocast)}
 
-    if (config := METHODS[name](options)) is None:
+    if (config := configs(options.rank, options.hidden, options.dropout)[name]) is None:
         model.requires_grad_(False).train()
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -127,6 +133,7 @@ def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[
 
 
 def make_base(options: argparse.Namespace) -> nn.Module:
+    """On its device, in its dtype."""
     return llama(options.hidden, options.layers).to(options.device, getattr(torch, options.dtype))
 
 
@@ -164,7 +171,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
     parser.add_argument("--autocast", choices=["none", "bfloat16", "float16"], default="none")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward")
-    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=METHODS)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to LoRA into a PNG")
     options = parse(parser, QUICK)
     torch.set_num_threads(options.threads)
@@ -172,15 +179,17 @@ def main() -> None:
     names = list(dict.fromkeys((FLOOR, BASELINE, *options.only)))
     base = make_base(options)
     size = sum(parameter.nbytes for parameter in base.parameters())
-    steps, parameters, memory = {}, {}, {}
+    steps: dict[str, Callable[[], None]] = {}
+    parameters: dict[str, int] = {}
+    memory: dict[str, int] = {}
     for name in names:
         others = torch.cuda.memory_allocated(options.device) - size if is_cuda(options.device) else 0
         steps[name], parameters[name] = make_step(base, name, options)
         memory[name] = peak_memory(steps[name], name, others, options)
-    jobs = {name: lambda step=step: seconds(step, options.device) for name, step in steps.items()}
+    jobs = {name: partial(seconds, step, options.device) for name, step in steps.items()}
     times = in_turns(jobs, options.rounds, warmups=2)
 
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "method": name,
             "parameters": parameters[name],
