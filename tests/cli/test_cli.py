@@ -1,19 +1,17 @@
 """The command line: instant help, clear refusals, and what `export` and `inspect` do with a saved adapter."""
 
-import logging
-import os
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from helpers.command import Done
 from helpers.oracle import relative_error
+from helpers.repository import ROOT
 from helpers.tiny_models import TINY_MODELS
 from helpers.tolerances import rounding
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,38 +22,7 @@ from peft_reslora import LoraExport, MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.config import Shortcut
 from peft_reslora_cli.arguments import DTYPES, SHORTCUTS
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAMA = TINY_MODELS["llama"]
-
-
-@dataclass
-class Done:
-    """What a command left: exit code and the two streams."""
-
-    code: int | str | None
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
-    """Run `peft-reslora` in this process, and undo afterwards what it sets for the process."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
-
-    def run(*argv: object) -> Done:
-        capsys.readouterr()
-        code: int | str | None
-        try:
-            code = peft_reslora_cli.main([str(arg) for arg in argv])
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        # The interpreter prints a message given to `sys.exit` and turns it into code 1.
-        return Done(1, captured.out, captured.err + code) if isinstance(code, str) else Done(code, *captured)
-
-    with warnings.catch_warnings():
-        yield run
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
