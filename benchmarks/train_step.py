@@ -7,10 +7,11 @@ A step is forward, backward, the optimizer's step and zero_grad on a Llama-shape
 methods have about the parameters of LoRA of the same rank, where they let one choose. The floor is the forward of the
 frozen base and the backward to its embeddings, without an optimizer: what no method can go below.
 
-Printed are, for each method: the step's time over LoRA's and over the floor's, as ratio of the minima over all rounds
-with the quartiles of the rounds' ratios; tokens per second of the fastest step; and the peak memory of base, adapter,
-optimizer state and two steps together. On a GPU that is what PyTorch had allocated there at most; on a CPU, by how
-much the resident memory of a process that trains with this method alone grew at most after its imports.
+Printed are, for each method: the step's time (on one CPU thread: the process's) over LoRA's and over the floor's, as
+ratio of the minima over all rounds, with the quartiles of the rounds' ratios; tokens per second of the fastest step; and
+the peak memory of base, adapter, optimizer state and two steps together. On a GPU that is what PyTorch had allocated
+there at most; on a CPU, by how much the resident memory of a process that trains with this method alone grew at most
+after its imports.
 """
 
 from __future__ import annotations
