@@ -8,10 +8,10 @@ methods have about the parameters of LoRA of the same rank, where they let one c
 frozen base and the backward to its embeddings, without an optimizer: what no method can go below.
 
 Printed are, for each method: the step's time (on one CPU thread: the process's) over LoRA's and over the floor's, as
-ratio of the minima over all rounds, with the quartiles of the rounds' ratios; tokens per second of the fastest step; and
-the peak memory of base, adapter, optimizer state and two steps together. On a GPU that is what PyTorch had allocated
-there at most; on a CPU, by how much the resident memory of a process that trains with this method alone grew at most
-after its imports.
+ratio of the minima over all rounds, with the quartiles of the rounds' ratios; tokens per second of the fastest step;
+and the peak memory of base, adapter, optimizer state and two steps together. On a GPU that is what PyTorch had
+allocated there at most; on a CPU, by how much the resident memory of a process that trains with this method alone grew
+at most after its imports.
 """
 
 from __future__ import annotations
