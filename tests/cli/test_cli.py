@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_reslora_cli
 from peft_reslora import LoraExport, MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.config import Shortcut
+from peft_reslora_cli.arguments import DTYPES, SHORTCUTS
 
 LLAMA = TINY_MODELS["llama"]
 
@@ -48,12 +49,16 @@ def save_adapter(base: Path, folder: Path, **fields: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("level", [[], ["quickstart"], ["export"], ["inspect"]])
-def test_help_of_each_level_imports_nothing_heavy(level: list[str]) -> None:
-    argv = [sys.executable, "-X", "importtime", "-m", "peft_reslora_cli", *level, "--help"]
+COMMAND_NAMES = [command.__name__.rpartition(".")[2] for command in peft_reslora_cli.COMMANDS]
+
+
+@pytest.mark.parametrize("level", [[], *([name] for name in COMMAND_NAMES)])
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such-option", 2)])
+def test_help_and_wrong_usage_of_each_level_import_nothing_heavy(level: list[str], option: str, code: int) -> None:
+    argv = [sys.executable, "-X", "importtime", "-m", "peft_reslora_cli", *level, option]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert done.stdout.startswith(" ".join(["usage: peft-reslora", *level]))
+    assert done.returncode == code
+    assert "usage: peft-reslora" in done.stdout + done.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "numpy", "peft", "transformers", "peft_reslora"}
@@ -67,8 +72,8 @@ def test_module_runs_the_same_command() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(Shortcut) == peft_reslora_cli.SHORTCUTS
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in peft_reslora_cli.DTYPES)
+    assert get_args(Shortcut) == SHORTCUTS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,6 @@ def test_the_checks_of_ci_are_in_the_test_extra():
         assert re.search(rf"^{program}\b", installed, re.M)
 
 
-@pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/step_time.py", "LICENSE"])
+@pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/train_step.py", "LICENSE"])
 def test_the_files_it_speaks_of_exist(path):
     assert (ROOT / path).is_file()
