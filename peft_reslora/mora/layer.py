@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.base_weights import (
@@ -26,6 +25,7 @@ from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.quantized import keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.shared.stamps import StampedLayer
+from peft_reslora.shared.tensors import is_readable
 
 from .config import MoRAConfig
 from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
@@ -199,7 +199,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
             )
         self.check_loaded(adapter_name)
         M = held_tensor(self.mora_M, adapter_name)
-        if isinstance(M, DTensor) or M.is_meta or M.numel() == 0:
+        if not is_readable(M):
             raise RuntimeError(
                 f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is sharded or offloaded and "
                 "cannot be read. Save the adapter and load it into a model without sharding and offloading."

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_reslora_cli
 from peft_reslora import LoraExport, MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.config import Shortcut
+from peft_reslora_cli.arguments import DTYPES, SHORTCUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = TINY_MODELS["llama"]
@@ -100,8 +101,8 @@ def test_module_runs_the_same_command() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(Shortcut) == peft_reslora_cli.SHORTCUTS
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in peft_reslora_cli.DTYPES)
+    assert get_args(Shortcut) == SHORTCUTS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,13 @@ def test_nothing_is_touched_where_the_weights_are_missing(tmp_path: Path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_touched_where_matplotlib_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"Drawing needs matplotlib: pip install 'peft_reslora\[demo\]'"):
+        quickstart.run_quickstart(tmp_path / "out", "block", 1, 0)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_quickstart_from_start_to_end(tmp_path: Path, shortcut: str) -> None:

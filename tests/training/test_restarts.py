@@ -1,4 +1,4 @@
-"""Merge and restart: no jump, the right optimiser state and learning rate, resuming, refusals. Real Trainer runs."""
+"""Merge and restart: no jump, the right optimizer state and learning rate, resuming, refusals. Real Trainer runs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
-from peft_reslora.training.restarts import (
-    RESTARTS_FILE,
+from peft_reslora.training import (
     MergeAndRestartCallback,
     check_restartable,
     load_base_weights,
     merge_and_restart,
     rewarm,
     save_base_weights,
-    warmup_factor,
 )
+from peft_reslora.training.restart_weights import RESTARTS_FILE
+from peft_reslora.training.rewarming import warmup_factor
 
 pytestmark = pytest.mark.usefixtures("float64")
 TARGETS = TINY_MODELS["llama"].targets
@@ -402,7 +402,7 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
     "loha": (LoHaConfig(target_modules=UP), None, "type LOHA.*Take LoRA"),
     "embedding": (LoraConfig(target_modules=["embed_tokens"]), None, "Embedding.*target linear layers only"),
     "half": (LoraConfig(target_modules=UP), lambda m: m.half(), "torch.float16.*rounded.*float32.*bf16=True"),
-    "quantised": (LoraConfig(target_modules=UP), quantise, "type FakeQuantised.*load it unquantised"),
+    "quantised": (LoraConfig(target_modules=UP), quantise, "type FakeQuantised.*load it unquantized"),
     "tied": (LoraConfig(target_modules=UP), tie, "shares its base weight with another module.*do not target"),
     "merged": (LoraConfig(target_modules=UP), lambda m: m.merge_adapter(), "merged.*unmerge_adapter"),
     "meta": (LoraConfig(target_modules=UP), lambda m: m.to("meta"), "sharded or offloaded"),

@@ -14,6 +14,7 @@ from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
 from peft_reslora.reslora.sums import SharedSum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
 from peft_reslora.shared.offloading import held_tensor
+from peft_reslora.shared.tensors import is_readable
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A, B
 Term = tuple[torch.Tensor, torch.Tensor, float]  # A, B and s of one layer whose update takes part
@@ -138,11 +139,6 @@ def readable(weight: torch.Tensor, name: str, advice: str) -> torch.Tensor:
             f"pass. {advice}"
         )
     return weight
-
-
-def is_readable(weight: torch.Tensor) -> bool:
-    """Whether the numbers of a factor are all here."""
-    return not (isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0)
 
 
 def is_plain(linear: nn.Module) -> bool:

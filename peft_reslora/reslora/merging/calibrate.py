@@ -17,12 +17,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_reslora.reslora.blocks.linear import is_readable
 from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.shared.precision import full_precision
-from peft_reslora.shared.tensors import widen
+from peft_reslora.shared.tensors import is_readable, widen
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _HELD_OUT = 4  # one sequence in so many chooses the ridge

@@ -20,6 +20,7 @@ from peft_reslora.reslora.linked_chain import Chain, planned
 from peft_reslora.reslora.merging.calibrate import Batch, masks_of, observed, ready_chains, to_device, tokens_of
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact, shortcut_coefficients, shortcut_estimate
 from peft_reslora.shared.host import own_parameter
+from peft_reslora.shared.plots import new_figure, save_figure
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.tables import format_table
 from peft_reslora.shared.tensors import restore, stored, widen
@@ -88,12 +89,7 @@ class MergeReport:
         Raises:
             ImportError: if matplotlib is missing; it names the extra that brings it.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Drawing needs matplotlib: pip install 'peft_reslora[demo]'") from error
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
+        figure, (axes,) = new_figure()
         for estimator, cost in self.costs.items():
             axes.plot(range(len(cost.layers)), list(cost.layers.values()), marker=".", linewidth=1, label=estimator)
         axes.set_yscale("log" if all(min(cost.layers.values()) > 0 for cost in self.costs.values()) else "symlog")
@@ -102,9 +98,8 @@ class MergeReport:
             xlabel="layer, in the model's order",
             ylabel="relative error of the update's output",
         )
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        figure.savefig(path, dpi=150, format="png")
+        save_figure(figure, path)
 
 
 @full_precision()
