@@ -4,7 +4,7 @@ from peft_reslora.registration import register
 
 register()
 
-from peft_reslora.export import LoraExport, export_lora, save_as_lora  # noqa: E402
+from peft_reslora.export import LoraExport, combine_as_lora, compose_adapters, export_lora, save_as_lora  # noqa: E402
 from peft_reslora.mora import MoRAConfig, MoRAModel  # noqa: E402
 from peft_reslora.reslora import (  # noqa: E402
     ResLoRAConfig,
@@ -21,6 +21,8 @@ __all__ = [
     "ResLoRAConfig",
     "ResLoRAModel",
     "calibrate_merge",
+    "combine_as_lora",
+    "compose_adapters",
     "describe_chains",
     "export_lora",
     "merge_report",
