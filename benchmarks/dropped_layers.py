@@ -25,6 +25,7 @@ import torch
 from merge_fidelity import BATCH, RANK, Task, fit, language_modelling, predictions
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.training import LayerGates, active_probability, draw_active
@@ -67,9 +68,11 @@ def run(task: Task, variant: str, dropping: bool, steps: int, seed: int) -> dict
     model = get_peft_model(copy.deepcopy(task.base), adapter(variant, task.targets))
     gates = LayerGates(model)
     number = len(gates.names)
+    before_steps = register_optimizer_step_pre_hook(lambda *_: gates.forget_zero_gradients())
     for step, _ in fit(model, task.train(steps, seed)):
         if dropping:
             gates.set(draw_active(number, active_probability(step / steps), seed, step))
+    before_steps.remove()
     gates.open()
     result: dict[str, Any] = {"all": accuracy(model, task), "off": [], "deleted": []}
     for kept in halves(number):

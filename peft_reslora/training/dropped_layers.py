@@ -15,8 +15,8 @@ nothing of what it hands on: for 'input' its x_n, for 'middle' its A_n x_n, for 
 That is stochastic depth (arXiv 1603.09382): there, too, the branch of a dropped block is left out and the shortcut
 past it stays. If a dropped layer handed on nothing, its neighbours would learn to do without the shortcut instead of
 without the layer, and of 'input' and 'middle' no forward pass without the tensor is defined. For 'block' and 'middle'
-a dropped layer's factors may thus get gradients from later layers; those that get none are left alone by the
-optimizer, as factors that took no part.
+a dropped layer's factors may thus get gradients from later layers. Those that get none are not changed in the step,
+neither by momentum nor by weight decay.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class DroppedLayers(TrainerCallback):
 
     Between steps, as in evaluation and in what is saved, all layers have their adapters. Which ones a step has follows
     from the seed and the step's number alone: so the processes of a distributed run draw the same, and a resumed run
-    draws what it would have drawn. Under DDP some factors get no gradient in a step, for which torch needs
-    `ddp_find_unused_parameters=True`, the Trainer's default for a PeftModel.
+    draws what it would have drawn.
 
     Args:
         until: the fraction of training after which all layers are active.
@@ -73,6 +72,10 @@ class DroppedLayers(TrainerCallback):
         if self._gates is not None:
             probability = active_probability(state.global_step / state.max_steps, self.until)
             self._gates.set(draw_active(len(self._gates.names), probability, self.seed, state.global_step))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._gates is not None:
+            self._gates.forget_zero_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._gates is not None:
@@ -116,15 +119,21 @@ class _Gate:
             self.base[threading.get_ident()] = output
 
     def choose(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        """The base layer's output in the place of the layer's, which has handed on what it does by now."""
-        return None if self.active else self.base.pop(threading.get_ident())
+        """The base layer's output in the place of the layer's, which has handed on what it does by now.
+
+        The update stays in the graph, with a gradient of zero: what later layers took reaches a layer that is
+        checkpointed re-entrantly in the backward of its own update, and DDP waits for all parameters.
+        """
+        if self.active:
+            return None
+        base = self.base.pop(threading.get_ident())
+        return torch.where(torch.zeros((), dtype=torch.bool, device=base.device), output, base)
 
 
 class LayerGates:
     """Lets layers of an adapter do without their updates; for training loops other than the Trainer's, and to see
     what a model is worth without some of them.
 
-    gates = LayerGates(model); gates.set(draw_active(len(gates.names), p, seed, step)); ...; gates.remove()
 
     Args:
         model: holds the adapter, active and not merged.
@@ -150,6 +159,7 @@ class LayerGates:
                     "updates are to be dropped. Call set_adapter, unmerge_adapter."
                 )
         self.names = list(layers)
+        self._layers: list[Any] = list(layers.values())
         self._gates = [_Gate() for _ in layers]
         self._handles: list[RemovableHandle] = []
         for layer, gate in zip(layers.values(), self._gates, strict=True):
@@ -162,6 +172,14 @@ class LayerGates:
         for gate, is_active in zip(self._gates, active, strict=True):
             gate.active = bool(is_active)
             gate.base.clear()  # of a forward that has not come to its end
+
+    def forget_zero_gradients(self) -> None:
+        """Leave the parameters of dropped layers that got no gradient but zero without one, for the optimizer."""
+        dropped = (layer for layer, gate in zip(self._layers, self._gates, strict=True) if not gate.active)
+        parameters = [p for layer in dropped for p in layer.parameters() if p.grad is not None]
+        for parameter, is_needed in [(p, p.grad.any()) for p in parameters]:  # all asked before the first is awaited
+            if not is_needed:
+                parameter.grad = None
 
     def open(self) -> None:
         """All layers add their updates."""

@@ -51,6 +51,7 @@ def by_equation(
     """Output and gradients from hooks on the bare base model, as the equations in `dropped_layers.py` say."""
     factors = factors_of(model)
     base = copy.deepcopy(model).unload()
+    base.gradient_checkpointing_disable()
     chains = chains_by_block(list(factors), lambda n: (factors[n][0].shape[1], factors[n][1].shape[0]))
     seen: dict[str, Tensor] = {}
 
@@ -96,11 +97,11 @@ def by_gates(model: Any, active: list[bool], gates: LayerGates) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), CASES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_dropped_layer_adds_nothing_and_hands_on(shortcut: str | None, pre_num: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_a_dropped_layer_adds_nothing_and_hands_on(shortcut: Any, pre_num: int, reentrant: bool | None) -> None:
     model = adapted(shortcut, pre_num)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
     gates = LayerGates(model)
     number = len(gates.names)
