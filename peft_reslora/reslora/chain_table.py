@@ -14,15 +14,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from peft_reslora.reslora.config import AUTO, ResLoRAConfig
 from peft_reslora.shared.fields import shown
 from peft_reslora.shared.tables import format_table
 
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
-
-AUTO, BY_NUMBER = "auto", "by_number"  # values of `ResLoRAConfig.chain_cuts` besides a list
 _KEPT = "chain_cuts of the adapter's config ends a chain here"
 
 

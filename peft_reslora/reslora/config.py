@@ -8,16 +8,16 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftType
 
-from peft_reslora.reslora.chain_table import AUTO, BY_NUMBER
 from peft_reslora.shared import fields
 from peft_reslora.shared.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
 MergeEstimator = Literal["input_norm", "weight_norm", "least_squares", "drop"]
 
+AUTO, BY_NUMBER = "auto", "by_number"  # values of `chain_cuts` besides a list
+
 # LoRA's fields that change what a block computes, with the values under which they do not.
 _REFUSED_FIELDS: dict[str, tuple[object, ...]] = {
-    "use_dora": (False,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
     "arrow_config": (None,),
@@ -48,7 +48,9 @@ _CHECKS: dict[str, fields.Check] = {
     "estimate": lambda value: None if value is None else fields.one_of("calibrated", "annealed")(value),
     "base_model_name_or_path": fields.text,
     "revision": fields.text,
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag
+    ),
 }
 
 
@@ -152,6 +154,11 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             )
         elif self.shortcut == "input" and self.pre_num != 1:
             faults.append(f"pre_num={fields.shown(self.pre_num)} with shortcut='input', which accepts 1 only (Eq. 2)")
+        if self.use_dora and self.shortcut != "block":
+            faults.append(
+                f"use_dora={fields.shown(self.use_dora)} with shortcut={fields.shown(self.shortcut)}, whose merge is "
+                "an estimate, and with it the norms of the merged weight; choose shortcut='block'"
+            )
         cuts = self.chain_cuts
         if cuts not in (AUTO, BY_NUMBER) and not (isinstance(cuts, list) and all(isinstance(c, str) for c in cuts)):
             known_ones = f"{AUTO!r}, {BY_NUMBER!r} or a list of names of modules"

@@ -9,7 +9,6 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -17,8 +16,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.reslora.chain_table import (
-    AUTO,
-    BY_NUMBER,
     ChainTable,
     Target,
     chain_settings,
@@ -27,11 +24,9 @@ from peft_reslora.reslora.chain_table import (
     kept_cuts,
     shortest_cuts,
 )
+from peft_reslora.reslora.config import AUTO, BY_NUMBER, ResLoRAConfig
 from peft_reslora.shared.host import in_out_features
 from peft_reslora.shared.names import bare_name
-
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
 
 _PREFIX = "base_model.model."
 # Lists of such names hold what works side by side, on one input or each on its own: output heads, embeddings of boxes

@@ -178,9 +178,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         chain, position = place
         r, config = self.r[adapter_name], chain.config
         scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
+        dora = ", use_dora" if config.use_dora else ""
         return (
             f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
-            "chain"
+            f"chain{dora}"
         )
 
     def layer_title(self, adapter_name: str) -> str:
@@ -236,8 +237,17 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         Exact for 'block', by the config's `merge_estimator` for 'input' and 'middle'.
 
         Raises:
-            ValueError: if the estimator lacks its data, or a factor is not finite.
+            ValueError: if the estimator lacks its data, a factor is not finite, or the update has no low rank.
         """
+        if self.chain_of(adapter_name) is not None and not self.block_of(adapter_name).adds_up:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has use_dora=True: what it adds to the weight of layer "
+                f"{self.layer_name!r} is no matrix of low rank. Merge it with merge_and_unload()."
+            )
+        return self._factors_of_merge(adapter_name)
+
+    @full_precision()
+    def _factors_of_merge(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.chain_of(adapter_name)
         if place is None:
             raise ValueError(
@@ -261,12 +271,13 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""
         if self.chain_of(adapter) is None:
             return super().get_delta_weight(adapter)
-        A, B = self.merged_factors(adapter)
-        return transpose(B @ A, self.fan_in_fan_out).to(self.block_of(adapter).weights[1].dtype)
+        block = self.block_of(adapter)
+        delta = block.delta(*self._factors_of_merge(adapter))
+        return transpose(delta, self.fan_in_fan_out).to(block.weights[1].dtype)
 
     def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
         """`weight` plus the merged delta weight, rounded once."""
-        A, B = self.merged_factors(adapter_name)
+        A, B = self._factors_of_merge(adapter_name)
         return self.block_of(adapter_name).merged(weight, A, B, in_place)
 
     @full_precision()
@@ -329,8 +340,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         place = self.chain_of(adapter_name)
         if place is None:
             return float(self.get_delta_weight(adapter_name).abs().max())
-        A, B = place[0].merge().factors(place[1])
-        return float(torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max())
+        return self.block_of(adapter_name).largest_entry(*place[0].merge().factors(place[1]))
 
     def _keeps_base(self, adapter_names: Sequence[str]) -> bool:
         return all(chain.keeps_base_weights for chain in self._chains(adapter_names))
@@ -374,6 +384,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     @full_precision()
     def unmerged_base_weight(self) -> torch.Tensor:
+        """`frozen_weight`, for merging."""
+        return self.frozen_weight()
+
+    def frozen_weight(self) -> torch.Tensor:
         """W_n `(out_features, in_features)` without any adapter, dequantised."""
         refuse_repacked(self.get_base_layer(), self.layer_name)
         if not self.merged_adapters:
@@ -394,7 +408,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if self.chain_of(adapter_name) is None:
             return super().supports_lora_conversion(adapter_name)
         try:
-            self.merged_factors(adapter_name)
+            self._factors_of_merge(adapter_name)
         except ValueError:
             return False
         return True

@@ -6,20 +6,18 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
 from peft_reslora.reslora.chain_table import reach
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import Block, ChainMerge, check_finite
 from peft_reslora.reslora.passes import Doorway
 from peft_reslora.reslora.relay import Relay
 from peft_reslora.shared.host import BufferDict
 from peft_reslora.shared.tensors import stored
-
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
 
 
 class ChainedLayer(Protocol):

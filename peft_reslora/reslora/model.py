@@ -230,6 +230,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 f"The adapters {adapters} have different shortcuts, (shortcut, pre_num) {sorted(linked)}; one adapter "
                 "cannot hold them all. Export each with save_as_lora and combine those."
             )
+        if dora := [a for a in adapters if a in self.peft_config and self.peft_config[a].use_dora]:
+            raise ValueError(
+                f"Adapter {dora[0]!r} has use_dora=True, whose norms are not those of a sum. Merge the adapters one "
+                "after the other with merge_and_unload()."
+            )
         annealed = [
             a for a in adapters for chain in chains_of(self.model, a) if any(b.annealed for b in chain.blocks())
         ]

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import (
@@ -26,11 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_reslora.shared.forwards import computes_linearly, reader_of
 from peft_reslora.shared.host import with_all_linear_layers
 
-if TYPE_CHECKING:
-    from peft_reslora.mora.config import MoRAConfig
-    from peft_reslora.reslora.config import ResLoRAConfig
-
-Config: TypeAlias = "MoRAConfig | ResLoRAConfig"
+Config: TypeAlias = Any  # a PeftConfig that has `target_modules`
 WhyNot = Callable[[nn.Module], "str | None"]
 
 _SHOWN = 5  # roles in a message
@@ -51,7 +47,7 @@ class Targets:
     def narrow(self, config: Config) -> None:
         """Let `config` select these layers and no others, where some were left out."""
         if self.left_out:
-            config.target_modules = set(self.layers)  # type: ignore[assignment]
+            config.target_modules = set(self.layers)
 
 
 def find_targets(

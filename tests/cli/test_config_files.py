@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.repository import ROOT
 
 from peft_reslora_cli import config_files
 from peft_reslora_cli.config_files import find_config, list_configs
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "peft_reslora_cli" / "configs").rglob("*.y*ml"))
 
 

@@ -125,7 +125,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from peft_reslora.export import export_lora, folder
+from peft_reslora.export import export_lora
+from peft_reslora.shared import folders as folder
 
 def rounds(target, at_once):
     exports[0].save_pretrained(target)

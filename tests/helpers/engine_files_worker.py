@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.engine_worker import build, start_accelerate
+from helpers.training import losses_of
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -55,10 +56,6 @@ def trainer(tuner: str, folder: Path, processes: int) -> Trainer:
         settings = run.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         settings["stage3_param_persistence_threshold"] = 0
     return run
-
-
-def losses_of(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 def attempts(model: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.repository import ROOT
 from helpers.tolerances import rounding
 from safetensors.torch import load_file
 
@@ -23,7 +24,6 @@ from peft_reslora.recipes.stdlib_docstrings import (
 )
 from peft_reslora.recipes.training import Run, Task, tabulate
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = "one two three four five six seven"
 
 

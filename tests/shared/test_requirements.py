@@ -7,15 +7,14 @@ import re
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
+from helpers.repository import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from peft_reslora import registration
 
-ROOT = Path(__file__).resolve().parents[2]
 OWN = {"peft_reslora", "peft_reslora_cli"}
 SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).rglob("*.py"))]
 # Taken without an import of ours: the Trainer and `Tensor.numpy` need them, and templates of model cards.

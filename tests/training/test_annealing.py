@@ -7,14 +7,13 @@ import logging
 
 import pytest
 import torch
+from helpers.adapters import ESTIMATED, base_and_adapted
+from helpers.calibration import batches_of, record_norms
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, llama, output_of
 from helpers.tolerances import MODEL64, rounding
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_calibrate import ESTIMATED, batches_of
-from test_forward import adapted
-from test_merge import record_norms
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -29,14 +28,14 @@ INPUTS = batches_of(1)[0]
 
 
 def weight_norm_model(shortcut: str, pre_num: int, **fields: object) -> tuple[nn.Module, nn.Module]:
-    return adapted("llama", shortcut, pre_num, merge_estimator="weight_norm", **fields)
+    return base_and_adapted("llama", shortcut, pre_num, merge_estimator="weight_norm", **fields)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 @pytest.mark.parametrize("estimator", ["drop", "input_norm", "weight_norm", "least_squares"])
 def test_an_annealed_adapter_merges_exactly(shortcut, pre_num, estimator, caplog):
-    _, model = adapted("llama", shortcut, pre_num, merge_estimator=estimator)
-    record_norms(model, "llama")
+    _, model = base_and_adapted("llama", shortcut, pre_num, merge_estimator=estimator)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     batches = batches_of() if estimator == "least_squares" else None
     for share in (0.0, 0.3, 1.0):
         anneal_shortcuts(model, share, batches=batches)
@@ -192,7 +191,7 @@ def test_annealed_adapters_are_not_calibrated_again():
     ],
 )
 def test_what_cannot_be_annealed_is_refused(shortcut, estimator, share, message):
-    _, model = adapted("llama", shortcut, 1, merge_estimator=estimator)
+    _, model = base_and_adapted("llama", shortcut, 1, merge_estimator=estimator)
     with pytest.raises(ValueError, match=message):
         anneal_shortcuts(model, share)
     assert not any("lora_annealed" in name for name, _ in model.named_buffers())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import TINY_MODELS
 from helpers.tolerances import MODEL64
+from helpers.training import losses_of
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -114,10 +115,6 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @each_method
@@ -273,7 +270,7 @@ def test_resumed_run_equals_the_uninterrupted_one(method: str, interrupted: int,
     folder = str(tmp_path / f"checkpoint-{interrupted}")
     trainer = train(resumed, tmp_path, MergeAndRestartCallback(3, warmup_steps=2), record, resume=folder, **run)
     assert sorted(record.rates) == list(range(interrupted, 9))
-    assert losses(trainer) == pytest.approx(losses(uninterrupted), rel=MODEL64)
+    assert losses_of(trainer) == pytest.approx(losses_of(uninterrupted), rel=MODEL64)
     assert (logits(resumed) - logits(whole)).abs().max() < MODEL64
     rates = [[e["learning_rate"] for e in t.state.log_history if "loss" in e] for t in (trainer, uninterrupted)]
     assert rates[0] == pytest.approx(rates[1])
@@ -286,7 +283,7 @@ def test_checkpoint_elsewhere_is_resumed_where_it_is_named(tmp_path: Path) -> No
         train(build(CONFIGS["lora"]()), tmp_path / "second", MergeAndRestartCallback(3), resume=str(moved), **RUN)
     callback = MergeAndRestartCallback(3, resume_from=moved)
     second = train(build(CONFIGS["lora"]()), tmp_path / "second", callback, resume=str(moved), **RUN)
-    assert losses(second) == pytest.approx(losses(first), rel=MODEL64)
+    assert losses_of(second) == pytest.approx(losses_of(first), rel=MODEL64)
 
 
 def test_resuming_refuses_missing_damaged_and_foreign_base_weights(tmp_path: Path) -> None:
@@ -317,7 +314,7 @@ def test_same_callback_resumes_a_fresh_model(tmp_path: Path) -> None:
     callback = MergeAndRestartCallback(3)
     first = train(build(CONFIGS["lora"]()), tmp_path, callback, **RUN)
     second = train(build(CONFIGS["lora"]()), tmp_path, callback, resume=str(tmp_path / "checkpoint-5"), **RUN)
-    assert losses(second) == pytest.approx(losses(first), rel=MODEL64)
+    assert losses_of(second) == pytest.approx(losses_of(first), rel=MODEL64)
 
 
 @pytest.mark.slow

@@ -8,15 +8,16 @@ its own, and its line in `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from peft_reslora.reslora.blocks.dora import DoraBlock
 from peft_reslora.reslora.blocks.linear import LinearBlock
-
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
+from peft_reslora.reslora.config import ResLoRAConfig
 
 # The first kind whose condition a config meets.
-KINDS: tuple[tuple[Callable[[ResLoRAConfig], bool], type[LinearBlock]], ...] = ((lambda config: True, LinearBlock),)
+KINDS: tuple[tuple[Callable[[ResLoRAConfig], bool], type[LinearBlock]], ...] = (
+    (lambda config: config.use_dora, DoraBlock),
+    (lambda config: True, LinearBlock),
+)
 
 # The attributes of a layer that hold what the blocks of any kind train.
 PARAMETER_NAMES = tuple(dict.fromkeys(name for _, kind in KINDS for name in kind.names))

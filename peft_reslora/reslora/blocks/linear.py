@@ -118,6 +118,14 @@ class LinearBlock:
         B = torch.cat([B if s == common else B * s for _, B, s in terms], dim=1)
         return add_update(result, hidden, B, common)
 
+    def delta(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """What merging the factors `A` and `B`, scaling included, adds to the base weight: `(out, in)`."""
+        return B @ A
+
+    def largest_entry(self, A: torch.Tensor, B: torch.Tensor) -> float:
+        """A bound on the entries of `delta`: |b_i . a_j| <= |b_i| |a_j|; not finite if a factor is not."""
+        return float(torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max())
+
     def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
         """`weight`, in its own orientation, plus the merged update B A, rounded once."""
         left, right = (A.t(), B.t()) if self.layer.fan_in_fan_out else (B, A)

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
 
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
 from peft_reslora.shared.tensors import widen
-
-if TYPE_CHECKING:
-    from peft_reslora.reslora.config import ResLoRAConfig
 
 # The buffers of a layer whose shortcut has an estimate C_n: C_n, and either the sketch of the factors it was fitted
 # for (`calibrate_merge`) or the share t with which it takes part in the forward pass (annealing).
