@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.gradients import assert_gradients_close
 from helpers.oracle import chains_by_block, factors_of, randomize_adapters
 from helpers.tiny_models import TINY_MODELS, llama
-from helpers.tolerances import FLOAT64, MODEL64, assert_gradients_close
+from helpers.tolerances import FLOAT64, MODEL64
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
