@@ -4,7 +4,14 @@ from peft_reslora.registration import register
 
 register()
 
-from peft_reslora.export import LoraExport, export_lora, export_lora_from_files, save_as_lora  # noqa: E402
+from peft_reslora.export import (  # noqa: E402
+    LoraExport,
+    combine_as_lora,
+    compose_adapters,
+    export_lora,
+    export_lora_from_files,
+    save_as_lora,
+)
 from peft_reslora.mora import MoRAConfig, MoRAModel  # noqa: E402
 from peft_reslora.reslora import (  # noqa: E402
     ResLoRAConfig,
@@ -21,6 +28,8 @@ __all__ = [
     "ResLoRAConfig",
     "ResLoRAModel",
     "calibrate_merge",
+    "combine_as_lora",
+    "compose_adapters",
     "describe_chains",
     "export_lora",
     "export_lora_from_files",

@@ -80,7 +80,7 @@ def export_lora(
             `rank` or `energy`, for NaN or inf, and for arguments out of range. It names adapter and layer.
     """
     fit = Fit(rank, energy, dtype or torch.float32)
-    export = _export(model, adapter_name, fit, fill_missing_layers, progressbar)
+    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar)
     export.warn()
     return export
 
@@ -100,13 +100,15 @@ def save_as_lora(
 ) -> LoraExport:
     """`export_lora` and `LoraExport.save_pretrained` in one call; the arguments are theirs."""
     fit = Fit(rank, energy, dtype or torch.float32)
-    export = _export(model, adapter_name, fit, fill_missing_layers, progressbar)
+    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar)
     export.warn()
     export.save_pretrained(path, base_model, command=command)
     return export
 
 
-def _export(model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: bool, progressbar: bool) -> LoraExport:
+def export_quietly(
+    model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: bool, progressbar: bool
+) -> LoraExport:
     """What `export_lora` does, without its warnings: those point to the line that called a public function."""
     model = unwrapped(model)
     config = config_in_model(model, adapter_name)
