@@ -138,10 +138,24 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def resolve_lora_variant(self, **kwargs: Any) -> None:
         """PEFT's own variants are not used: blocks know what a config asks for."""
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        super().set_scale(adapter, scale)
+        if self.chain_of(adapter) is not None:
+            self.scaling[adapter] = scale * self.lora_alpha[adapter] / self._divisor(adapter)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        super().unscale_layer(scale)
+        for adapter in self.active_adapters if scale is None else ():
+            self.set_scale(adapter, 1.0)
+
+    def _divisor(self, adapter_name: str) -> float:
+        return self.block_of(adapter_name).divisor(self.lora_variant[adapter_name].chain.config, self.r[adapter_name])
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
         self.block_of(adapter_name).start()
+        self.set_scale(adapter_name, 1.0)
         if chain.config.shortcut != "block":
             device = self.block_of(adapter_name).weights[0].device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
@@ -176,8 +190,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if place is None:
             return "no shortcut"
         chain, position = place
-        r, config = self.r[adapter_name], chain.config
-        scaling = self.lora_alpha[adapter_name] / (math.sqrt(r) if config.use_rslora else r)  # set_scale is not saved
+        config = chain.config
+        scaling = self.lora_alpha[adapter_name] / self._divisor(adapter_name)  # set_scale is not saved
         dora = ", use_dora" if config.use_dora else ""
         return (
             f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
@@ -215,7 +229,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""
-        A, B = (factor.detach() for factor in self.block_of(adapter_name).weights)
+        block = self.block_of(adapter_name)
+        A, B = (factor.detach() for factor in block.fold(*block.weights))
         if shortcut is not None:
             self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)

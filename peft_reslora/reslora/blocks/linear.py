@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
 from peft_reslora.reslora.sums import SharedSum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
@@ -37,6 +39,11 @@ class LinearBlock:
         self.layer = layer
         self.adapter_name = adapter_name
 
+    @staticmethod
+    def divisor(config: ResLoRAConfig, rank: int) -> float:
+        """What alpha is divided by to give s."""
+        return math.sqrt(rank) if config.use_rslora else rank
+
     @property
     def modules(self) -> tuple[nn.Linear, nn.Linear]:
         """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
@@ -48,7 +55,7 @@ class LinearBlock:
 
     @property
     def scaling(self) -> float:
-        """s: PEFT's alpha / r, or alpha / sqrt(r), times what `set_scale` has set."""
+        """s: alpha / `divisor`, times what `set_scale` has set."""
         return self.layer.scaling[self.adapter_name]
 
     @property
@@ -56,6 +63,10 @@ class LinearBlock:
         """A and B as the modules hold them, wherever that is."""
         A, B = self.modules
         return A.weight, B.weight
+
+    def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        """The two factors of the update, of A and B as the modules hold them: these."""
+        return A, B
 
     def start(self) -> None:
         """Make what a new adapter has besides the factors, which PEFT makes: nothing."""
@@ -65,7 +76,7 @@ class LinearBlock:
         return dict(zip(FACTOR_NAMES, self.weights, strict=True))
 
     def factors(self, name: str, advice: str) -> Factors:
-        """A and B detached, read also from where accelerate keeps what it has offloaded.
+        """The two factors of the update detached, read also from where accelerate keeps what it has offloaded.
 
         Args:
             name: the layer's, for the message.
@@ -75,6 +86,7 @@ class LinearBlock:
             RuntimeError: if they are sharded, or offloaded otherwise.
         """
         A, B = (readable(held_tensor(module, "weight"), name, advice) for module in self.modules)
+        A, B = self.fold(A, B)
         return A.detach(), B.detach()
 
     def set_rank(self, rank: int) -> None:
@@ -109,6 +121,11 @@ class LinearBlock:
         if is_plain(B):
             return add_update(result, hidden, B.weight, self.scaling)
         return result + B(hidden) * self.scaling
+
+    def call(self, dropped: torch.Tensor) -> torch.Tensor:
+        """B A `dropped`, by calls of the modules, whose hooks load them wherever they run."""
+        A, B = self.modules
+        return B(A(dropped).to(dropped.device))
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from peft_reslora.reslora.blocks import block_kind
+from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
 from peft_reslora.reslora.config import ResLoRAConfig
@@ -297,7 +299,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        for part in (*FACTOR_KEYS, "lora_norm", *SHORTCUT_PARTS):
+        for part in (*FACTOR_KEYS, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
@@ -311,10 +313,23 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
                 f"{name!r}, but {shapes}. It is damaged or not a ResLoRA adapter; save the adapter again."
             )
         _check_shortcut_parts(name, A, found)
+        B = _fold(config, name, B, found.get(SINGULAR_VALUES))
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
         scaling, t = scaling_of(config, name, A.shape[0]), 0.0 if annealed is None else float(annealed)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
     return blocks
+
+
+def _fold(config: ResLoRAConfig, name: str, B: torch.Tensor, E: torch.Tensor | None) -> torch.Tensor:
+    """B E `(out_features, r)` of an adapter with AdaLoRA, B of another one."""
+    expected = (B.shape[1], 1) if config.total_step is not None else None
+    if (None if E is None else tuple(E.shape)) != expected:
+        shape = "is missing" if E is None else f"has the shape {tuple(E.shape)}"
+        raise ValueError(
+            f"{SINGULAR_VALUES} of layer {name!r} {shape}, and the config says {expected or 'that there is none'}: "
+            "config and tensors are not of one adapter. Take both from one save."
+        )
+    return B if E is None else widen(B) * widen(E).t()
 
 
 def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
@@ -345,7 +360,7 @@ def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> Chai
 
 
 def scaling_of(config: ResLoRAConfig, name: str, rank: int) -> float:
-    """PEFT's scaling of the layer `name`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    """The scaling of the layer `name`: its alpha over what its kind of block divides by."""
     pattern: dict[str, Any] = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    return alpha / block_kind(config).divisor(config, rank)

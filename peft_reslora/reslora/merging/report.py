@@ -231,7 +231,8 @@ def _refuse_nothing(sums: Iterable[_Sums]) -> None:
 
 def _core(chain: Chain, n: int) -> torch.Tensor:
     """`(r, r)`, which has B_n's effect on norms: |B_n v| = |v @ core|."""
-    B = widen(chain.block(n).weights[1].detach())
+    block = chain.block(n)
+    B = widen(block.fold(*block.weights)[1].detach())
     return torch.linalg.qr(B).R.t()
 
 
