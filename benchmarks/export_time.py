@@ -1,76 +1,90 @@
-"""Time of the export of LoHa and LoKr against PEFT's own conversion to LoRA, at the same rank.
+"""Export of LoHa and LoKr against PEFT's own conversion to LoRA, at the same rank, in turns within one process.
 
     python benchmarks/export_time.py                    # 4096 x 4096, rank 64: about five minutes on one CPU core
-    python benchmarks/export_time.py --size 1024 --repeats 5
+    python benchmarks/export_time.py --size 1024 --rounds 5
 
-Both run in turn in one process, on one linear layer with random factors. Prints the median times, their ratio
-(ours/PEFT's) and both relative errors in the Frobenius norm.
+On one linear layer with random factors. Printed are the times, ours over PEFT's as ratio of the minima over all rounds
+with the quartiles of the rounds' ratios, and the relative errors ||delta - B A||_F / ||delta||_F of both.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-import warnings
 from collections.abc import Callable
-from statistics import median
+from functools import partial
+from typing import Any
 
 import torch
+from common import Ratio, in_turns, new_parser, parse, seconds, show, write_json
 from peft import LoHaConfig, LoKrConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
 from peft_reslora.export import export_lora
 
+CONFIGS: dict[str, PeftConfig] = {
+    "LoHa r=8": LoHaConfig(r=8, target_modules=["0"], init_weights=False),
+    "LoKr r=8": LoKrConfig(r=8, target_modules=["0"], init_weights=False),
+    "LoKr r=8, decompose_both": LoKrConfig(r=8, target_modules=["0"], init_weights=False, decompose_both=True),
+}
 StateDict = dict[str, Tensor]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096, help="features of the square layer")
-    parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    print(f"{args.size} x {args.size}, rank {args.rank}, {args.threads} thread(s), torch {torch.__version__}")
-    for name, config in {
-        "LoHa r=8": LoHaConfig(r=8, target_modules=["0"], init_weights=False),
-        "LoKr r=8": LoKrConfig(r=8, target_modules=["0"], init_weights=False),
-        "LoKr r=8, decompose_both": LoKrConfig(r=8, target_modules=["0"], init_weights=False, decompose_both=True),
-    }.items():
-        print(f"{name:26}{compare(config, args.size, args.rank, args.repeats)}")
-
-
-def compare(config: PeftConfig, size: int, rank: int, repeats: int) -> str:
-    """One line: seconds of both, their ratio, the errors of both."""
+def adapted(config: PeftConfig, size: int) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(size, size, bias=False)), config)
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(repeats):
-        exported = timed(lambda: export_lora(model, rank=rank).state_dict, ours)
-        converted = timed(lambda: convert_to_lora(model, rank=rank)[1], theirs)
-    return (
-        f"{median(ours):.3f} s / {median(theirs):.3f} s = {median(ours) / median(theirs):.4f}, "
-        f"errors {error(exported, model):.6f} / {error(converted, model):.6f}"
-    )
+    return get_peft_model(nn.Sequential(nn.Linear(size, size, bias=False)), config)
 
 
-def timed(convert: Callable[[], StateDict], seconds: list[float]) -> StateDict:
-    start = time.perf_counter()
-    result = convert()
-    seconds.append(time.perf_counter() - start)
-    return result
+def conversions(model: PeftModel, rank: int) -> dict[str, Callable[[], StateDict]]:
+    return {
+        "ours": lambda: export_lora(model, rank=rank).state_dict,
+        "theirs": lambda: convert_to_lora(model, rank=rank)[1],
+    }
 
 
 @torch.no_grad()
 def error(state_dict: StateDict, model: PeftModel) -> float:
-    """||delta - B @ A||_F / ||delta||_F, with the delta weight of the layer itself."""
-    delta = model.base_model.model[0].get_delta_weight("default")
+    """||delta - B A||_F / ||delta||_F, with the delta weight of the layer itself."""
+    layer: Any = model.get_submodule("base_model.model.0")
+    delta = layer.get_delta_weight("default")
     A, B = (state_dict[f"base_model.model.0.lora_{factor}.weight"] for factor in "AB")
     return float((delta - B @ A).norm() / delta.norm())
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--size", type=int, default=4096, help="features of the square layer")
+    parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parse(parser, {"size": 64, "rank": 8, "rounds": 2})
+    torch.set_num_threads(options.threads)
+
+    results: list[dict[str, Any]] = []
+    for name, config in CONFIGS.items():
+        model = adapted(config, options.size)
+        both = conversions(model, options.rank)
+        times = in_turns({who: partial(seconds, run) for who, run in both.items()}, options.rounds, warmups=0)
+        results.append(
+            {
+                "method": name,
+                **{f"{who}_seconds": min(values) for who, values in times.items()},
+                **{f"{who}_error": error(convert(), model) for who, convert in both.items()},
+                "to_theirs": Ratio.of(times["ours"], times["theirs"]),
+            }
+        )
+    rows = [
+        (
+            r["method"],
+            f"{r['ours_seconds']:.4f}",
+            f"{r['theirs_seconds']:.4f}",
+            str(r["to_theirs"]),
+            f"{r['ours_error']:.6f}",
+            f"{r['theirs_error']:.6f}",
+        )
+        for r in results
+    ]
+    show(("method", "ours, s", "PEFT's, s", "ours / PEFT's (quartiles)", "our error", "PEFT's error"), rows)
+    write_json(options, results)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """What merging costs: every estimator and annealing, on trained adapters, before and after the merge.
 
-    python benchmarks/merge_fidelity.py --data DATA --tasks sst2 cola math --seeds 0 1 2 --out results/merge_fidelity
+    python benchmarks/merge_fidelity.py --data DATA --tasks sst2 cola math --seeds 0 1 2
 
 DATA holds sst2/{train,dev}.tsv and cola/{train,dev}.tsv (sentence, label), gsm8k/train.jsonl (question, answer) and
 svamp/svamp.jsonl (Body, Question, Answer). sst2 and cola: all-MiniLM-L6-v2 with a linear head fitted to 1000 texts.
 math: a small Llama on bytes, trained on GSM8K first, its adapters on SVAMP. The annealed adapter shares the first two
-thirds of its training with the other one, batches and optimiser state included. Calibration takes 512 training texts
-that the adapter has not seen (math: those it has seen). Appends a JSON line per adapter to OUT.jsonl, so that runs can
-be added one by one, and writes the table of all of them to OUT.md. Times are of the process, on one thread.
+thirds of its training with the other one, batches and optimizer state included. Calibration takes 512 training texts
+that the adapter has not seen (math: those it has seen). Prints a table, with times of the process, on one thread; adds
+a JSON line per adapter to OUT.jsonl, so that runs can be made one by one, and writes the table of all to OUT.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
+import itertools
 import json
 import random
 import statistics
@@ -28,16 +28,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, llama, new_parser, parse, write_json
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reslora import ResLoRAConfig
 from peft_reslora.recipes.minilm import build_base, find_weights, load_base
 from peft_reslora.reslora import calibrate_merge
-from peft_reslora.training.annealing import anneal_shortcuts, annealed_share
+from peft_reslora.reslora.config import Shortcut
+from peft_reslora.training import anneal_shortcuts, annealed_share
 
-VARIANTS = {"input": ("input", 1), "middle, m=1": ("middle", 1), "middle, m=all": ("middle", -1)}
+VARIANTS: dict[str, tuple[Shortcut, int]] = {
+    "input": ("input", 1),
+    "middle, m=1": ("middle", 1),
+    "middle, m=all": ("middle", -1),
+}
 ESTIMATORS = ("drop", "input_norm", "weight_norm", "least_squares")
 RANK, BATCH, RATE, CALIBRATION = 8, 16, 1e-3, 512
 ANNEAL_FROM, ANNEAL_TO = 2 / 3, 0.9
@@ -82,7 +87,7 @@ def classification(folder: Path, scratch: Path) -> Task:
     return Task(base, targets, train, batches(texts[seen.stop :], labels[seen.stop :], BATCH), batches(*dev, 64))
 
 
-def language_modelling(data: Path, steps: int = 600, length: int = 128) -> Task:
+def language_modeling(data: Path, steps: int = 600, length: int = 128) -> Task:
     def rows_of(path: Path, text: Callable[[dict[str, Any]], str]) -> torch.Tensor:
         lines = path.read_text(encoding="utf-8").splitlines()
         stream = b"\0".join(text(json.loads(line)).encode() for line in lines)
@@ -90,11 +95,7 @@ def language_modelling(data: Path, steps: int = 600, length: int = 128) -> Task:
 
     gsm8k = rows_of(data / "gsm8k/train.jsonl", lambda row: f"{row['question']}\n{row['answer']}")
     svamp = rows_of(data / "svamp/svamp.jsonl", lambda row: f"{row['Body']} {row['Question']}\n{row['Answer']}")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4
-    )
-    base = LlamaForCausalLM(config)
+    base = llama(128, 8, vocab=256, heads=4, kv_heads=4, intermediate_size=344)
 
     def batches(rows: torch.Tensor, size: int = BATCH) -> list[Batch]:
         return [{"input_ids": part, "labels": part} for part in rows.split(size)]
@@ -111,7 +112,7 @@ def language_modelling(data: Path, steps: int = 600, length: int = 128) -> Task:
 
 
 def fit(model: nn.Module, batches: list[Batch], rate: float = RATE, state: Any = None) -> Iterator[tuple[int, Any]]:
-    """Train; yields before each step its number and the optimiser's state."""
+    """Train; yields before each step its number and the optimizer's state."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     first = 0
     if state is not None:
@@ -157,7 +158,7 @@ def run(task: Task, variant: str, steps: int, seed: int) -> dict[str, Any]:
     )
     model = get_peft_model(copy.deepcopy(task.base), config)
     batches = task.train(steps, seed)
-    fork = None
+    fork: Any = None
     begin = time.process_time()
     for step, state in fit(model, batches):
         if fork is None and annealed_share((step + 1) / steps, ANNEAL_FROM, ANNEAL_TO) > 0.0:
@@ -169,8 +170,9 @@ def run(task: Task, variant: str, steps: int, seed: int) -> dict[str, Any]:
     fits = calibrate_merge(model, task.calibration)
     result: dict[str, Any] = {"epoch_s": epoch, "calibration_s": time.process_time() - begin}
     result["residual"] = statistics.median(layer.error for layer in fits.values())
+    adapter: Any = model.peft_config["default"]
     for estimator in ESTIMATORS:
-        model.peft_config["default"].merge_estimator = estimator
+        adapter.merge_estimator = estimator
         merged = copy.deepcopy(model).merge_and_unload()
         result[estimator] = compare(unmerged, predictions(merged, task.dev), task.dev)
 
@@ -211,31 +213,61 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *notes, ""])
 
 
+def make_up_data(folder: Path) -> None:
+    """Files of sums, for the task math, to see that all of this runs."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(200):
+        a, b = draw.randrange(100), draw.randrange(100)
+        question, answer = f"What is {a} + {b}?", str(a + b)
+        row = {"Body": "A sum.", "Question": question, "Answer": answer, "question": question, "answer": answer}
+        lines.append(json.dumps(row))
+    for file in (folder / "gsm8k/train.jsonl", folder / "svamp/svamp.jsonl"):
+        file.parent.mkdir(parents=True)
+        file.write_text("\n".join(lines), encoding="utf-8")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser = new_parser(__doc__)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=["sst2", "cola", "math"], default=["sst2", "cola", "math"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/merge_fidelity")
-    args = parser.parse_args()
-
+    parser.add_argument("--steps", type=int, default=200, help="of the adapter's training")
+    parser.add_argument("--base-steps", type=int, default=600, help="of the training of math's base model")
+    parser.add_argument("--out", type=Path, default=RESULTS / "merge_fidelity", help="with --quick none")
+    quick = {"tasks": ["math"], "variants": ["input"], "seeds": [0], "steps": 6, "base_steps": 2, "out": None}
+    options = parse(parser, quick)
     torch.set_num_threads(1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    log = args.out.with_suffix(".jsonl")
-    for name in args.tasks:
-        with tempfile.TemporaryDirectory() as scratch:
-            task = language_modelling(args.data) if name == "math" else classification(args.data / name, Path(scratch))
-        for seed in args.seeds:
-            for variant in args.variants:
-                record = {"task": name, "variant": variant, "seed": seed, "steps": args.steps}
-                record |= run(task, variant, args.steps, seed)
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-                args.out.with_suffix(".md").write_text(table(records), encoding="utf-8")
-                print(json.dumps(record), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.data is None and not options.quick:
+            parser.error("--data is needed, unless --quick is given")
+        if (data := options.data) is None:
+            make_up_data(data := Path(scratch) / "made_up")
+        records = []
+        for name in options.tasks:
+            if name == "math":
+                task = language_modeling(data, options.base_steps)
+            else:
+                task = classification(data / name, Path(scratch) / name)
+            for seed, variant in itertools.product(options.seeds, options.variants):
+                record = {"task": name, "variant": variant, "seed": seed, "steps": options.steps}
+                records.append(record | run(task, variant, options.steps, seed))
+                print(json.dumps(records[-1]), flush=True)
+                if options.out is not None:
+                    add_to(options.out, records[-1])
+    print(table(records))
+    write_json(options, records)
+
+
+def add_to(out: Path, record: dict[str, Any]) -> None:
+    """Append to the log of all runs, and write the table of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".jsonl")
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    out.with_suffix(".md").write_text(table(records), encoding="utf-8")
 
 
 if __name__ == "__main__":

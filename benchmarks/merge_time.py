@@ -1,69 +1,77 @@
-"""`merge_and_unload` of ResLoRA against PEFT's LoRA, interleaved in one process.
+"""`merge_and_unload` of ResLoRA and MoRA against PEFT's LoRA, in turns within one process.
 
-python benchmarks/merge_time.py --hidden 1024 --layers 8
+    python benchmarks/merge_time.py --hidden 1024 --layers 8
+
+Each round merges a new copy of the adapted model; printed are the time over LoRA's, as ratio of the minima over all
+rounds with the quartiles of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
+from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import Ratio, in_turns, llama, new_parser, parse, seconds, show, write_json
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
 
-from peft_reslora import ResLoRAConfig
+from peft_reslora import MoRAConfig, ResLoRAConfig
 
-VARIANTS = {
-    "input, weight_norm": {"shortcut": "input", "merge_estimator": "weight_norm"},
-    "input, input_norm": {"shortcut": "input"},
-    "middle, input_norm": {"shortcut": "middle"},
-    "block": {"shortcut": "block"},
-    "block, m=3": {"shortcut": "block", "pre_num": 3},
+BASELINE = "LoRA"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ResLoRA input, input_norm": {"shortcut": "input"},
+    "ResLoRA input, weight_norm": {"shortcut": "input", "merge_estimator": "weight_norm"},
+    "ResLoRA middle, input_norm": {"shortcut": "middle"},
+    "ResLoRA middle, weight_norm": {"shortcut": "middle", "merge_estimator": "weight_norm"},
+    "ResLoRA block": {"shortcut": "block"},
+    "ResLoRA block, pre_num 3": {"shortcut": "block", "pre_num": 3},
 }
 
 
+def configs(rank: int) -> dict[str, PeftConfig]:
+    fields: dict[str, Any] = {"r": rank, "target_modules": "all-linear"}
+    return {
+        BASELINE: LoraConfig(**fields, init_lora_weights=False),
+        **{name: ResLoRAConfig(**fields, init_lora_weights=False, **own) for name, own in VARIANTS.items()},
+        **{
+            f"MoRA {kind}": MoRAConfig(**fields, mora_type=kind, init_weights=False)
+            for kind in ("sharing", "rotation")
+        },
+    }
+
+
+def merge_time(base: nn.Module, config: PeftConfig, options: argparse.Namespace) -> float:
+    """Seconds of one merge."""
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    with torch.no_grad():
+        model.train()(input_ids=torch.zeros(1, 8, dtype=torch.long, device=options.device))  # records norms
+    return seconds(model.merge_and_unload, options.device)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
+    options = parse(parser, {"hidden": 64, "layers": 2, "rounds": 2})
+    torch.set_num_threads(options.threads)
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=8,
-        vocab_size=100,
-    )
-    base = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
-    ids = torch.randint(0, 100, (1, 8))
-
-    def seconds(adapter: LoraConfig) -> float:
-        model = get_peft_model(copy.deepcopy(base), adapter)
-        with torch.no_grad():
-            model.train()(input_ids=ids)  # records norms
-        start = time.perf_counter()
-        model.merge_and_unload()
-        return time.perf_counter() - start
-
-    fields = {"r": args.rank, "target_modules": "all-linear", "init_lora_weights": False}
-    print(f"{args}\nvariant              merge_and_unload, ours / LoRA (min-max)")
-    for name, variant in VARIANTS.items():
-        ratios = []
-        for i in range(args.repeats + 1):
-            lora, ours = LoraConfig(**fields), ResLoRAConfig(**fields, **variant)
-            times = {type(c): seconds(c) for c in ((lora, ours) if i % 2 else (ours, lora))}
-            ratios.append(times[ResLoRAConfig] / times[LoraConfig])
-        print(
-            f"{name:20} {statistics.median(ratios[1:]):.2f} ({min(ratios[1:]):.2f}-{max(ratios[1:]):.2f})", flush=True
-        )
+    base = llama(options.hidden, options.layers, vocab=100).to(options.device, getattr(torch, options.dtype))
+    jobs = {name: partial(merge_time, base, config, options) for name, config in configs(options.rank).items()}
+    times = in_turns(jobs, options.rounds)
+    results: list[dict[str, Any]] = [
+        {"method": name, "seconds": min(own), "to_lora": Ratio.of(own, times[BASELINE])} for name, own in times.items()
+    ]
+    rows = [(r["method"], f"{r['seconds']:.4f}", str(r["to_lora"])) for r in results]
+    show(("method", "seconds", "merge / LoRA's (quartiles)"), rows)
+    write_json(options, results)
 
 
 if __name__ == "__main__":

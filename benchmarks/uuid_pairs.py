@@ -1,4 +1,4 @@
-"""The memorisation experiment of the MoRA paper in small: LoRA, MoRA sharing and MoRA rotation learn random pairs.
+"""The memorization experiment of the MoRA paper in small: LoRA, MoRA sharing and MoRA rotation learn random pairs.
 
     python benchmarks/uuid_pairs.py --text gsm8k/train.jsonl gsm8k/test.jsonl svamp/svamp.jsonl --cache uuid_base
     python benchmarks/uuid_pairs.py --text story.txt --quick
@@ -17,7 +17,6 @@ seeds. Written are a table and a figure. This takes about ten minutes on two fre
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -32,27 +31,38 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import torch
+from common import PALETTE, RESULTS, llama, new_figure, new_parser, parse, save_figure, write_json
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import peft_reslora  # noqa: F401  registers MoRA
 from peft_reslora.mora import AUTO_SHARING_FROM_RANK, MoRAConfig
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
-
 METHODS = ("LoRA", "MoRA sharing", "MoRA rotation")
-COLOURS = {"LoRA": "#0072b2", "MoRA sharing": "#d55e00", "MoRA rotation": "#009e73"}  # Okabe-Ito
+COLORS = dict(zip(METHODS, PALETTE, strict=False))
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATE = LEARNING_RATES.index(3e-3)
 DIGITS = 32
 IGNORED = -100  # what transformers leaves out of the loss
+QUICK = {
+    "text": [Path(__file__)],
+    "out": None,
+    "pairs": 4,
+    "ranks": [8],
+    "steps": 4,
+    "batch": 4,
+    "evaluations": 2,
+    "seeds": 1,
+    "hidden": 32,
+    "layers": 1,
+    "text_steps": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -115,20 +125,16 @@ def read_text(paths: Sequence[Path]) -> Tensor:
 
 
 def build_base(setting: Setting) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=setting.hidden,
-            intermediate_size=setting.hidden * 11 // 4,
-            num_hidden_layers=setting.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=max(setting.text_length, 2 * DIGITS + 1),
-            bos_token_id=None,
-            eos_token_id=None,  # generation is to go on to the last digit
-            pad_token_id=0,
-        )
+    return llama(
+        setting.hidden,
+        setting.layers,
+        vocab=256,
+        heads=4,
+        kv_heads=4,
+        max_position_embeddings=max(setting.text_length, 2 * DIGITS + 1),
+        bos_token_id=None,
+        eos_token_id=None,  # generation is to go on to the last digit
+        pad_token_id=0,
     )
 
 
@@ -204,7 +210,7 @@ def character_accuracy(model: PeftModel, pairs: Tensor) -> float:
     return 100 * (generated[:, DIGITS + 1 :] == pairs[:, DIGITS + 1 :]).double().mean().item()
 
 
-def memorise(
+def memorize(
     setting: Setting, base: dict[str, Tensor], method: str, rank: int, learning_rate: float, seed: int
 ) -> Curve:
     model = build_base(setting)
@@ -232,7 +238,7 @@ def sweep(setting: Setting, base: dict[str, Tensor], method_and_rank: tuple[str,
 
     def run(rate: int, seed: int = 0) -> Curve:
         start = time.perf_counter()
-        curve = memorise(setting, base, *method_and_rank, LEARNING_RATES[rate], seed)
+        curve = memorize(setting, base, *method_and_rank, LEARNING_RATES[rate], seed)
         seconds = time.perf_counter() - start
         print(
             f"{curve.method}, rank {curve.rank}, learning rate {curve.learning_rate:g}, seed {seed}: "
@@ -261,7 +267,7 @@ def as_markdown(setting: Setting, curves: Sequence[Curve], text_bytes: int, text
     """The report: the setting, the best of each method and rank, and all learning rates tried."""
     epochs = setting.steps * setting.batch / setting.pairs
     lines = [
-        "# Memorising random UUID pairs",
+        "# Memorizing random UUID pairs",
         "",
         "By `benchmarks/uuid_pairs.py`, after section 3 of arXiv 2405.12130 (there: LLaMA-2 7B, 10,000 pairs). A "
         f"Llama with {setting.layers} blocks of width {setting.hidden} "
@@ -271,7 +277,7 @@ def as_markdown(setting: Setting, curves: Sequence[Curve], text_bytes: int, text
         f"{setting.steps} steps of {setting.batch} pairs ({epochs:.0f} epochs), Adam, linear decay.",
         "",
         "Accuracy: characters of the value that greedy generation from the key gets right, by position; guessing gets "
-        f"6.25 %. Mean over the seeds of initialisation and order ({setting.seeds}), lowest and highest in "
+        f"6.25 %. Mean over the seeds of initialization and order ({setting.seeds}), lowest and highest in "
         "parentheses; the learning rate is the best of those tried with the first seed. Groups: into how many pieces "
         "MoRA cuts the input of an attention projection; at width 4096 it is 16 at rank 8, 8 at rank 32, 2.8 at 256.",
         "",
@@ -326,50 +332,41 @@ def findings(setting: Setting, curves: Sequence[Curve]) -> list[str]:
 
 def plot(setting: Setting, curves: Sequence[Curve], path: Path) -> None:
     """One panel per rank, one line per method at its best learning rate: the mean over the seeds, and their range."""
-    figure, panels = plt.subplots(
-        1, len(setting.ranks), figsize=(5 * len(setting.ranks), 4.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, rank in zip(panels[0], setting.ranks, strict=True):
+    figure, panels = new_figure(len(setting.ranks), width=5, height=4.2)
+    for axes, rank in zip(panels, setting.ranks, strict=True):
         for method in METHODS:
             runs = best_runs(curves, method, rank)
             by_step = list(zip(*(curve.accuracies for curve in runs), strict=True))
             mean = [statistics.fmean(values) for values in by_step]
             axes.fill_between(
-                runs[0].steps, [min(v) for v in by_step], [max(v) for v in by_step], color=COLOURS[method], alpha=0.2
+                runs[0].steps, [min(v) for v in by_step], [max(v) for v in by_step], color=COLORS[method], alpha=0.2
             )
             label = f"{method}, learning rate {runs[0].learning_rate:g}"
-            axes.plot(runs[0].steps, mean, color=COLOURS[method], linewidth=2, marker="o", markersize=4, label=label)
+            axes.plot(runs[0].steps, mean, color=COLORS[method], linewidth=2, marker="o", markersize=4, label=label)
         axes.axhline(100 / 16, color="0.5", linestyle=":", linewidth=1)
         axes.annotate("guessing", (setting.steps, 100 / 16), ha="right", va="bottom", fontsize=8, color="0.4")
         axes.set(title=f"rank {rank}", xlabel="training step", ylim=(0, 102))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="upper left")
-    panels[0][0].set_ylabel("characters right (%)")
-    figure.suptitle(f"Memorising {setting.pairs} random UUID pairs at equal parameter counts")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    panels[0].set_ylabel("characters right (%)")
+    figure.suptitle(f"Memorizing {setting.pairs} random UUID pairs at equal parameter counts")
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, help="text files or JSON lines to train on first"
-    )
+    parser = new_parser(__doc__)
+    parser.add_argument("--text", type=Path, nargs="+", help="text files or JSON lines to train on first")
     parser.add_argument("--cache", type=Path, help="folder that keeps the base model for the next run")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; the numbers mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of table and figure; with --quick none")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    for field in dataclasses.fields(Setting):
-        if field.type == "int":
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=f"default: {field.default}")
-    parser.add_argument("--ranks", type=int, nargs="+", help=f"default: {Setting.ranks}")
-    options = parser.parse_args()
-
-    setting = Setting(pairs=16, ranks=(8,), steps=20, seeds=1, text_steps=20) if options.quick else Setting()
-    chosen = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Setting)}
-    setting = dataclasses.replace(setting, **{name: value for name, value in chosen.items() if value is not None})
-    setting = dataclasses.replace(setting, ranks=tuple(setting.ranks))
+    fields = dataclasses.fields(Setting)
+    for field in fields:
+        kind: Any = {"type": type(field.default)} if field.name != "ranks" else {"type": int, "nargs": "+"}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
+    options = parse(parser, QUICK)
+    if options.text is None:
+        parser.error("--text is needed, unless --quick is given")
+    chosen = {field.name: getattr(options, field.name) for field in fields}
+    setting = Setting(**{**chosen, "ranks": tuple(options.ranks)})
 
     start = time.perf_counter()
     text = read_text(options.text)
@@ -378,12 +375,13 @@ def main() -> None:
     jobs = [(method, rank) for rank in setting.ranks for method in METHODS]
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         curves = [curve for sweep_ in pool.map(functools.partial(sweep, setting, base), jobs) for curve in sweep_]
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = "uuid_pairs_quick" if options.quick else "uuid_pairs"
     report = as_markdown(setting, curves, len(text), text_loss)
-    (options.out / f"{name}.md").write_text(report, encoding="utf-8")
-    plot(setting, curves, options.out / f"{name}.png")
     print(f"\n{report}\n{time.perf_counter() - start:.0f} s")
+    write_json(options, [dataclasses.asdict(curve) for curve in curves])
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "uuid_pairs.md").write_text(report, encoding="utf-8")
+        plot(setting, curves, options.out / "uuid_pairs.png")
 
 
 if __name__ == "__main__":

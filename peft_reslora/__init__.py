@@ -4,7 +4,7 @@ from peft_reslora.registration import register
 
 register()
 
-from peft_reslora.export import LoraExport, export_lora, save_as_lora  # noqa: E402
+from peft_reslora.export import LoraExport, export_lora, export_lora_from_files, save_as_lora  # noqa: E402
 from peft_reslora.mora import MoRAConfig, MoRAModel  # noqa: E402
 from peft_reslora.reslora import (  # noqa: E402
     ResLoRAConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "calibrate_merge",
     "describe_chains",
     "export_lora",
+    "export_lora_from_files",
     "merge_report",
     "save_as_lora",
 ]

@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +22,10 @@ import torch
 
 import peft_reslora_cli
 
+if TYPE_CHECKING:
+    from helpers.command import Done
+
+pytest.register_assert_rewrite("helpers")  # before they are imported: a failing assertion there shows its values too
 ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 
 
@@ -67,9 +71,23 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[str]], int]]:
-    """Run `peft-reslora` in this process; what it sets for the process is undone afterwards."""
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """Run `peft-reslora` in this process, and undo afterwards what it sets for the process."""
+    from helpers.command import Done
+
     monkeypatch.setenv("OMP_WAIT_POLICY", os.environ["OMP_WAIT_POLICY"])
+
+    def run(*argv: object) -> Done:
+        capsys.readouterr()
+        code: int | str | None
+        try:
+            code = peft_reslora_cli.main([str(arg) for arg in argv])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        # The interpreter prints a message given to `sys.exit` and turns it into code 1.
+        return Done(1, captured.out, captured.err + code) if isinstance(code, str) else Done(code, *captured)
+
     with warnings.catch_warnings():
-        yield peft_reslora_cli.main
+        yield run
     logging.disable(logging.NOTSET)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers
-from peft import LoraConfig, PeftModel
+from huggingface_hub import CommitInfo
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_reslora.export.card import lora_card
-from peft_reslora.export.report import ExportReport
-from peft_reslora.shared.folders import replaced_folder
-from peft_reslora.shared.saving import CONFIG_FILE, WEIGHTS_FILE
+from peft_reslora.export.fitting import Fit, FittedUpdate
+from peft_reslora.export.hub import upload
+from peft_reslora.export.report import ExportReport, LayerReport, lora_card
+from peft_reslora.shared.card import is_local, method_name
+from peft_reslora.shared.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, replaced_folder
+from peft_reslora.shared.names import PREFIX
+from peft_reslora.shared.precision import full_precision
 
-PREFIX = "base_model.model."
-CARD_FILE, DIFFUSERS_FILE = "README.md", "pytorch_lora_weights.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, DIFFUSERS_FILE)
+_VLLM_DEFAULT_MAX_RANK = 16
+Shapes = Mapping[str, tuple[int, int]]  # (in_features, out_features) by module
 # The only fields that are written: PEFT before 0.14 refuses those that it does not know.
 _CONFIG_FIELDS = (
     "alpha_pattern",
@@ -114,6 +115,28 @@ class LoraExport:
             if base_model is not None:
                 _prove(folder, base_model, self.state_dict)
 
+    def warn(self) -> None:
+        """Warn of what the export will meet elsewhere; called by the function that the user called."""
+        r, base = self.config.r, self.config.base_model_name_or_path
+        sides = {name: min(shape) for name, shape in self.shapes().items()}
+        if r > _VLLM_DEFAULT_MAX_RANK:
+            warnings.warn(f"The LoRA has r={r}: vLLM needs --max-lora-rank {r} to serve it.", stacklevel=3)
+        if narrow := [name for name, side in sides.items() if side < r]:
+            warnings.warn(
+                f"The LoRA has r={r}, more than the smaller side of {len(narrow)} modules ({narrow[0]}: "
+                f"{sides[narrow[0]]}): Ollama's import of an adapter folder would misread them. Convert the folder "
+                "with llama.cpp, or export with a lower rank=.",
+                stacklevel=3,
+            )
+        for note in self.report.notes():
+            warnings.warn(note, stacklevel=3)
+        if base is not None and is_local(base):
+            warnings.warn(
+                f"The base model of the LoRA is the local path {base!r}, which others cannot load. Set "
+                "export.config.base_model_name_or_path to its Hub id before saving.",
+                stacklevel=3,
+            )
+
     def push_to_hub(
         self,
         repo_id: str,
@@ -140,54 +163,21 @@ class LoraExport:
             HfHubHTTPError: if the Hub refuses.
             ConnectionError: if the connection was lost.
         """
-        if "authorization" not in build_hf_headers(token=token):
-            raise ValueError(
-                f"Uploading to {repo_id!r} takes a token with write access. Log in with `hf auth login`, set "
-                "HF_TOKEN, or pass token=; tokens are made at https://huggingface.co/settings/tokens."
-            )
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "lora"
-            self.save_pretrained(folder, base_model, command=command)
-            with _advice_on_failure(repo_id):
-                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                if revision is not None and not create_pr and not revision.startswith("refs/pr"):
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-                return api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    commit_message=commit_message,
-                    commit_description=commit_description,
-                    revision=revision,
-                    create_pr=create_pr,
-                )
+        return upload(
+            repo_id,
+            lambda folder: self.save_pretrained(folder, base_model, command=command),
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
 
     def _config_json(self) -> str:
         fields = {name: getattr(self.config, name) for name in _CONFIG_FIELDS}
         fields["target_modules"] = sorted(fields["target_modules"])
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
-
-
-@contextmanager
-def _advice_on_failure(repo_id: str) -> Iterator[None]:
-    """Say what to do about an upload that failed; only the Hub's own answers keep their class."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            error.append_to_message(
-                f"\nThe token has no write access to {repo_id!r}, and nothing was uploaded. Pass the token of another "
-                "account, give it write access at https://huggingface.co/settings/tokens, or take another repo_id."
-            )
-        raise
-    except (OSError, ValueError):  # offline mode, an impossible repo_id: these say what to do
-        raise
-    except Exception as error:  # a lost connection has another class for each step and release of huggingface_hub
-        raise ConnectionError(
-            f"The upload to {repo_id!r} broke off ({error.__cause__ or error}). The Hub takes a commit whole or not "
-            "at all, so no file of it is there by half. Call push_to_hub again: files that are there already are not "
-            "sent a second time."
-        ) from error
 
 
 def _refuse_all_but_exports(folder: Path) -> None:
@@ -242,3 +232,49 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
             raise ValueError(
                 f"Read back with PEFT, layer {name.removeprefix(PREFIX)!r} computes something else than was exported."
             )
+
+
+@full_precision()
+def assemble(
+    updates: Mapping[str, FittedUpdate],
+    zeros: Shapes,
+    lora_config: LoraConfig,
+    fit: Fit,
+    source: PeftConfig,
+    call: str,
+    prefix: str | None,
+) -> LoraExport:
+    """Pad all pairs to one rank, and report."""
+    r = fit.file_rank(updates)
+    lora_config.r = lora_config.lora_alpha = r
+    lora_config.inference_mode = True
+    pairs = {
+        name: (torch.zeros(0, in_features, dtype=fit.dtype), torch.zeros(out_features, 0, dtype=fit.dtype))
+        for name, (in_features, out_features) in zeros.items()
+    }
+    pairs.update({name: (update.factors.A, update.factors.B) for name, update in updates.items()})
+    state_dict = {}
+    for name, (A, B) in pairs.items():
+        missing = r - A.shape[0]
+        state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
+        state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
+    dtype = str(fit.dtype).removeprefix("torch.")
+    layers = _layer_reports(updates, fit)
+    report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros))
+    return LoraExport(lora_config, state_dict, report, prefix)
+
+
+def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerReport]:
+    return [
+        LayerReport(
+            layer=name,
+            merge="exact" if update.merge.exact else update.merge.why,
+            why=update.merge.why if update.merge.exact else "",
+            exact=update.merge.exact and not update.truncated and fit.dtype == torch.float32,
+            rank_before=update.rank_before,
+            rank_after=update.factors.rank,
+            energy_kept=update.energy_kept,
+            relative_error=update.relative_error,
+        )
+        for name, update in updates.items()
+    ]

@@ -1,4 +1,4 @@
-"""The low-rank factors of what an adapter adds to a weight: one rule per tuner layer, and truncation to a lower rank.
+"""The low-rank factors of what an adapter adds to a weight: one rule per tuner layer.
 
 The update of a layer is meant as `nn.Linear` holds its weight, `(out_features, in_features)`, with every scale
 included, whatever the orientation of the base layer's own weight. Factors of it are `A (R, in_features)` and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.host import Convolution
+from peft_reslora.shared.tensors import NOT_HERE, is_readable, widen
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Factors:
         side is brought down to that side.
 
         Raises:
-            ValueError: if the tensors are not two matrices of one rank, or are not in memory.
+            ValueError: if the tensors are not two matrices of one rank.
         """
-        A, B = _widen(A), _widen(B)
+        A, B = widen(A), widen(B)
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(
                 f"its factors have the shapes {tuple(A.shape)} and {tuple(B.shape)} instead of (r, in_features) and "
@@ -61,7 +62,7 @@ class Factors:
         used = (A != 0).any(dim=1) & (B != 0).any(dim=0)
         A, B = A[used], scale * B[:, used]
         if A.shape[0] > min(A.shape[1], B.shape[0]):
-            return cls(*factorise(B @ A))
+            return cls(*factorize(B @ A))
         return cls(A, B)
 
     @property
@@ -90,95 +91,33 @@ class KroneckerFactors(Factors):
         return cls(_kron(left.A, right.A), _kron(left.B, right.B), left, right)
 
     def spectrum(self) -> Spectrum:
+        """All products of the two parts' singular values, and of their directions."""
         left, right = self.left.spectrum(), self.right.spectrum()
         S, order = torch.sort(torch.outer(left.S, right.S).flatten(), descending=True)
         return Spectrum(_kron(left.U, right.U)[:, order], S, _kron(left.Vh, right.Vh)[order])
 
 
-@dataclass(frozen=True)
-class Truncation:
-    """Factors of lower rank, and what they keep.
-
-    Args:
-        factors: the factors; the singular values are split evenly between A and B.
-        energy_kept: fraction of the squared singular values that they keep, in [0, 1].
-        relative_error: ||update - B @ A||_F / ||update||_F, from the singular values; 0 for an update of zero.
-    """
-
-    factors: Factors
-    energy_kept: float
-    relative_error: float
-
-
-def truncate(factors: Factors, *, rank: int | None = None, energy: float | None = None) -> Truncation:
-    """The best approximation (Frobenius norm) by a lower rank.
-
-    Args:
-        factors: what to approximate.
-        rank: directions to keep. Factors of at most this rank are returned as they are.
-        energy: in (0, 1]; keep the fewest directions with at least this fraction of the squared singular values.
-
-    Raises:
-        ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range.
-    """
-    check_truncation(rank, energy)
-    if rank is None and energy is None:
-        raise ValueError("truncate needs one of rank and energy.")
-    if factors.rank == 0 or (rank is not None and factors.rank <= rank):
-        return Truncation(factors, energy_kept=1.0, relative_error=0.0)
-    spectrum = factors.spectrum()
-    squares = spectrum.S.double().square()
-    kept = squares.cumsum(0)
-    total = kept[-1]
-    k = len(squares) if rank is None else min(rank, len(squares))
-    if energy is not None:
-        k = int(torch.searchsorted(kept, energy * total)) + 1
-    root = spectrum.S[:k].sqrt()
-    lost = squares[k:].sum()
-    return Truncation(
-        Factors(root[:, None] * spectrum.Vh[:k], spectrum.U[:, :k] * root),
-        energy_kept=float(kept[k - 1] / total) if total > 0 else 1.0,
-        relative_error=float((lost / total).sqrt()) if total > 0 else 0.0,
-    )
-
-
-def check_truncation(rank: int | None, energy: float | None) -> None:
-    """Refuse a truncation that means nothing.
-
-    Raises:
-        ValueError: if both are given, `rank` is no positive integer or `energy` no number in (0, 1].
-    """
-    if rank is not None and energy is not None:
-        raise ValueError(f"Give rank or energy, not both; got rank={rank!r} and energy={energy!r}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r} must be a positive integer; for a fraction of the energy give energy=.")
-    if energy is not None and (
-        isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
-    ):
-        raise ValueError(f"energy={energy!r} must be a number in (0, 1]; for a number of directions give rank=.")
-
-
-def relative_error(update: Factors, other: Factors) -> float:
-    """||update - other||_F / ||update||_F from the factors, in float64; 0 for two updates of zero."""
-    A, B = torch.cat((update.A.double(), other.A.double())), torch.cat((update.B.double(), -other.B.double()), dim=1)
-    norm, distance = _frobenius_norm(update.A.double(), update.B.double()), _frobenius_norm(A, B)
-    if norm == 0.0:
-        return 0.0 if distance == 0.0 else float("inf")
-    return distance / norm
-
-
-def factorise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def factorize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Exact `(A, B)` with B @ A = `matrix`, of its smaller side: one factor is the matrix, the other the identity."""
     rows, columns = matrix.shape
     identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
     return (matrix, identity) if rows <= columns else (identity, matrix)
 
 
-def layer_factors(layer: BaseTunerLayer, adapter_name: str, *, approximate: bool) -> Factors:
-    """The factors of one adapter's update of one layer.
+@runtime_checkable
+class GivesFactors(Protocol):
+    """A tuner's layer that knows the factors of its adapters' updates."""
 
-    A layer that knows its own factors says so with a method `merged_factors(adapter_name) -> (A, B)`; for PEFT's
-    layers the rule is here.
+    def merged_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A `(R, in_features)` and B `(out_features, R)`, every scale included.
+
+        Raises:
+            ValueError: if the update has none of low rank.
+        """
+
+
+def layer_factors(layer: BaseTunerLayer, adapter_name: str, *, approximate: bool) -> Factors:
+    """The factors of one adapter's update of one layer: of PEFT's layers, the rule is here; others give them.
 
     Args:
         layer: the tuner layer.
@@ -190,7 +129,7 @@ def layer_factors(layer: BaseTunerLayer, adapter_name: str, *, approximate: bool
         ValueError: with the reason, if the update is no matrix of low rank added to a linear layer's weight.
     """
     _refuse_other_than_linear(layer)
-    if hasattr(layer, "merged_factors"):
+    if isinstance(layer, GivesFactors):
         return _own_factors(layer, adapter_name, approximate)
     for kind, rule in _RULES.items():
         if isinstance(layer, kind):
@@ -228,20 +167,20 @@ def _lora(layer: Any, adapter_name: str) -> Factors:
         raise ValueError(f"its factors are {type(A).__name__} and {type(B).__name__} modules instead of Linear")
     if B.bias is not None:
         raise ValueError("it trains a bias (lora_bias=True), which a plain LoRA cannot hold; use merge_and_unload()")
-    return Factors.of(A.weight, B.weight, layer.scaling[adapter_name])
+    return Factors.of(_numbers(A.weight), _numbers(B.weight), layer.scaling[adapter_name])
 
 
 def _adalora(layer: Any, adapter_name: str) -> Factors:
     """s / (ranknum + 1e-5) B (A * E): AdaLoRA divides by the rank it started with; pruned directions have E = 0."""
-    A, B, E = (getattr(layer, name)[adapter_name].detach() for name in ("lora_A", "lora_B", "lora_E"))
+    A, B, E = (_numbers(getattr(layer, name)[adapter_name]) for name in ("lora_A", "lora_B", "lora_E"))
     scale = layer.scaling[adapter_name] / (float(layer.ranknum[adapter_name]) + 1e-5)
-    return Factors.of(_widen(A) * _widen(E), B, scale)
+    return Factors.of(A * E, B, scale)
 
 
 def _loha(layer: Any, adapter_name: str) -> Factors:
     """s (B1 A1) * (B2 A2), elementwise = s (B1 . B2) (A1 . A2), with all r^2 products of a column (row) of each."""
     B1, A1, B2, A2 = (
-        _widen(getattr(layer, f"hada_{name}")[adapter_name]) for name in ("w1_a", "w1_b", "w2_a", "w2_b")
+        _numbers(getattr(layer, f"hada_{name}")[adapter_name]) for name in ("w1_a", "w1_b", "w2_a", "w2_b")
     )
     B = torch.einsum("oi,oj->oij", B1, B2).flatten(1)
     A = torch.einsum("id,jd->ijd", A1, A2).flatten(0, 1)
@@ -253,9 +192,9 @@ def _lokr(layer: Any, adapter_name: str) -> Factors:
 
     def part(name: str, scale: float = 1.0) -> Factors:
         if adapter_name in (whole := getattr(layer, name)):
-            A, B = factorise(_widen(whole[adapter_name]))
+            A, B = factorize(_numbers(whole[adapter_name]))
         else:
-            A, B = getattr(layer, f"{name}_b")[adapter_name], getattr(layer, f"{name}_a")[adapter_name]
+            A, B = (_numbers(getattr(layer, f"{name}_{side}")[adapter_name]) for side in "ba")
         return Factors.of(A, B, scale)
 
     return KroneckerFactors.product(part("lokr_w1", layer.scaling[adapter_name]), part("lokr_w2"))
@@ -272,9 +211,9 @@ _RULES: dict[type, Callable[[Any, str], Factors]] = {
 
 def _dense(layer: Any, adapter_name: str) -> Factors:
     """Factors of full rank, from the update as the layer itself would merge it."""
-    delta = _widen(layer.get_delta_weight(adapter_name))
+    delta = widen(layer.get_delta_weight(adapter_name))
     turned = getattr(layer, "fan_in_fan_out", False) or isinstance(layer.get_base_layer(), Conv1D)
-    return Factors.of(*factorise(delta.T if turned else delta))
+    return Factors.of(*factorize(delta.T if turned else delta))
 
 
 def _refuse_other_than_linear(layer: BaseTunerLayer) -> None:
@@ -299,23 +238,12 @@ def _kron(first: Tensor, second: Tensor) -> Tensor:
     )
 
 
-def _frobenius_norm(A: Tensor, B: Tensor) -> float:
-    """||B @ A||_F from the triangular factors of both, without cancellation."""
-    if A.shape[0] == 0:
-        return 0.0
-    _, R_A = torch.linalg.qr(A.T, mode="r")
-    _, R_B = torch.linalg.qr(B, mode="r")
-    return float(torch.linalg.matrix_norm(R_B @ R_A.T))
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    """Detached, and in float32 unless it is float64.
+def _numbers(tensor: Tensor) -> Tensor:
+    """A parameter's numbers, in float32 unless it is wider.
 
     Raises:
-        ValueError: if the tensor is sharded or offloaded, so that its values are not here.
+        ValueError: if they are not here.
     """
-    if tensor.is_meta or hasattr(tensor, "full_tensor"):
-        raise ValueError(
-            "its parameters are offloaded or sharded; gather them, or load the adapter onto a model in memory"
-        )
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+    if not is_readable(tensor):
+        raise ValueError(f"its parameters are {NOT_HERE}; gather them, or load the adapter onto a model in memory")
+    return widen(tensor.detach())

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from peft_reslora.export.factors import Factors, check_truncation, relative_error, truncate
+from peft_reslora.export.factors import Factors
+from peft_reslora.reslora.merging.estimators import Exactness
 
 # The ranks that vLLM can be told to serve; TGI and LoRAX take them without padding of their own.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-EXACT = "exact"  # of how an adapter became one matrix per layer
+AS_TRAINED = Exactness(True, "")  # of updates that are one matrix each, so that nothing was merged before
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,18 @@ class FittedUpdate:
         rank_before: directions before truncation.
         energy_kept: fraction of the squared singular values that is left.
         relative_error: ||update - factors||_F / ||update||_F.
-        merge: how the adapter became the update, `EXACT` or what estimated it.
+        merge: how the adapter became one matrix on this layer.
     """
 
     factors: Factors
     rank_before: int
     energy_kept: float
     relative_error: float
-    merge: str = EXACT
+    merge: Exactness = AS_TRAINED
 
     @property
     def truncated(self) -> bool:
+        """Whether directions were cut off."""
         return self.factors.rank < self.rank_before
 
 
@@ -59,6 +62,7 @@ class Fit:
 
     @property
     def approximate(self) -> bool:
+        """Whether the caller takes less than the whole update."""
         return self.rank is not None or self.energy is not None
 
     def arguments(self) -> str:
@@ -67,7 +71,7 @@ class Fit:
         given = {"rank": self.rank, "energy": self.energy, "dtype": dtype}
         return "".join(f", {name}={value}" for name, value in given.items() if value is not None)
 
-    def update(self, factors: Factors, merge: str = EXACT) -> FittedUpdate:
+    def update(self, factors: Factors, merge: Exactness = AS_TRAINED) -> FittedUpdate:
         """Truncate, cast once, and measure what that cost.
 
         Raises:
@@ -100,3 +104,84 @@ class Fit:
 def _refuse_nonfinite(factors: Factors, reason: str) -> None:
     if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
         raise ValueError(reason)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Factors of lower rank, and what they keep.
+
+    Args:
+        factors: the factors; the singular values are split evenly between A and B.
+        energy_kept: fraction of the squared singular values that they keep, in [0, 1].
+        relative_error: ||update - B @ A||_F / ||update||_F, from the singular values; 0 for an update of zero.
+    """
+
+    factors: Factors
+    energy_kept: float
+    relative_error: float
+
+
+def truncate(factors: Factors, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+    """The best approximation (Frobenius norm) by a lower rank.
+
+    Args:
+        factors: what to approximate.
+        rank: directions to keep. Factors of at most this rank are returned as they are.
+        energy: in (0, 1]; keep the fewest directions with at least this fraction of the squared singular values.
+
+    Raises:
+        ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range.
+    """
+    check_truncation(rank, energy)
+    if rank is None and energy is None:
+        raise ValueError("truncate needs one of rank and energy.")
+    if factors.rank == 0 or (rank is not None and factors.rank <= rank):
+        return Truncation(factors, energy_kept=1.0, relative_error=0.0)
+    spectrum = factors.spectrum()
+    squares = spectrum.S.double().square()
+    kept = squares.cumsum(0)
+    total = kept[-1]
+    k = len(squares) if rank is None else min(rank, len(squares))
+    if energy is not None:
+        k = int(torch.searchsorted(kept, energy * total)) + 1
+    root = spectrum.S[:k].sqrt()
+    lost = squares[k:].sum()
+    return Truncation(
+        Factors(root[:, None] * spectrum.Vh[:k], spectrum.U[:, :k] * root),
+        energy_kept=float(kept[k - 1] / total) if total > 0 else 1.0,
+        relative_error=float((lost / total).sqrt()) if total > 0 else 0.0,
+    )
+
+
+def check_truncation(rank: int | None, energy: float | None) -> None:
+    """Refuse a truncation that means nothing.
+
+    Raises:
+        ValueError: if both are given, `rank` is no positive integer or `energy` no number in (0, 1].
+    """
+    if rank is not None and energy is not None:
+        raise ValueError(f"Give rank or energy, not both; got rank={rank!r} and energy={energy!r}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r} must be a positive integer; for a fraction of the energy give energy=.")
+    if energy is not None and (
+        isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
+    ):
+        raise ValueError(f"energy={energy!r} must be a number in (0, 1]; for a number of directions give rank=.")
+
+
+def relative_error(update: Factors, other: Factors) -> float:
+    """||update - other||_F / ||update||_F from the factors, in float64; 0 for two updates of zero."""
+    A, B = torch.cat((update.A.double(), other.A.double())), torch.cat((update.B.double(), -other.B.double()), dim=1)
+    norm, distance = _frobenius_norm(update.A.double(), update.B.double()), _frobenius_norm(A, B)
+    if norm == 0.0:
+        return 0.0 if distance == 0.0 else float("inf")
+    return distance / norm
+
+
+def _frobenius_norm(A: Tensor, B: Tensor) -> float:
+    """||B @ A||_F from the triangular factors of both, without cancellation."""
+    if A.shape[0] == 0:
+        return 0.0
+    _, R_A = torch.linalg.qr(A.T, mode="r")
+    _, R_B = torch.linalg.qr(B, mode="r")
+    return float(torch.linalg.matrix_norm(R_B @ R_A.T))

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_reslora.export.card import pipeline_card
-from peft_reslora.export.checkpoint import CARD_FILE, DIFFUSERS_FILE, LoraExport
-from peft_reslora.shared.folders import replaced_folder
+from peft_reslora.export.checkpoint import DIFFUSERS_FILE, LoraExport
+from peft_reslora.export.report import pipeline_card
+from peft_reslora.shared.files import CARD_FILE, replaced_folder
 
 # Of transformers' models those that pipelines hold as text encoders, and with which names; of two in one pipeline, as
 # in SDXL, the second is the one with a projection. For other models of theirs, diffusers (0.42.1) reads no LoRA.
@@ -58,9 +58,10 @@ def save_for_pipeline(save_directory: str | os.PathLike[str], components: Mappin
                 "Give each export under the name of its model in the pipeline."
             )
         tensors.update(export.pipeline_tensors(".".join([name, *own.split(".")[1:]])))
+    config, reports = export.config, {name: export.report for name, export in components.items()}
     with replaced_folder(folder, (DIFFUSERS_FILE, CARD_FILE)) as new:
         save_file(tensors, new / DIFFUSERS_FILE, metadata={"format": "pt"})
-        (new / CARD_FILE).write_text(pipeline_card(components), encoding="utf-8")
+        (new / CARD_FILE).write_text(pipeline_card(config, reports), encoding="utf-8")
 
 
 def _kind(name: str) -> str:

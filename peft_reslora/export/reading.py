@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +9,21 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import config_of_base, fitting_bases
-from peft_reslora.export.checkpoint import PREFIX
 from peft_reslora.export.source import MERGE_INSTEAD, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
+from peft_reslora.mora.config import computation as mora_computation
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
 from peft_reslora.shared import fields
-from peft_reslora.shared.names import bare_name
-from peft_reslora.shared.saving import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged
+from peft_reslora.shared.files import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors, seal_of
+from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.stamps import fault_against
 
 # What the file of an adapter holds for each layer; of native adapters also a stamp (`stamps.py`).
@@ -39,26 +35,7 @@ PARTS = {
 }
 FETCH = "To have it here, run `hf download MODEL config.json`."
 WITH_BASE = "Or export it with its base model: `peft-reslora export --base MODEL`, export_lora(model)."
-_LARGEST_CONFIG = 2**24  # bytes
 _MOST_PATTERNS = 4096  # each is compiled, and tried on each layer
-# Of the fields that an export reads, and that not each config checks itself.
-_CHECKS: dict[str, fields.Check] = {
-    "r": fields.rank,
-    "lora_alpha": fields.alpha,
-    "target_modules": fields.names_or_pattern,
-    "exclude_modules": fields.names_or_pattern,
-    "layers_pattern": fields.names_or_pattern,
-    "modules_to_save": fields.names,
-    "layers_to_transform": fields.indices,
-    "base_model_name_or_path": fields.text,
-    "revision": fields.text,
-    "auto_mapping": fields.by_pattern,
-    "use_rslora": fields.flag,
-    "fan_in_fan_out": fields.flag,
-    "norm_window": fields.norm_window,
-    "chain_pattern": fields.names_or_pattern,
-}
-_ENTRIES: dict[str, fields.Check] = {"rank_pattern": fields.rank, "alpha_pattern": fields.alpha}
 
 
 @dataclass(frozen=True)
@@ -97,49 +74,6 @@ def parts_of(config: PeftConfig) -> tuple[str, ...]:
     return parts
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """The config of a saved adapter, whoever wrote it.
-
-    Raises:
-        ValueError: naming the file that is missing, or what it holds that no config may.
-    """
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist, so {folder} is not the folder of a saved adapter.")
-    try:
-        if file.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has more than {_LARGEST_CONFIG:,} bytes")
-        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            raise ValueError("it is no JSON object")
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.peft_type is None:
-            raise ValueError("it names no peft_type")
-        if faults := _faults(config):
-            raise ValueError("; ".join(faults))
-    except Exception as error:  # PEFT and json raise what the file makes them: KeyError, RecursionError and others
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{file} cannot be read as an adapter's config: {reason}") from error
-    return config
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, as they are in its file.
-
-    Raises:
-        ValueError: if the file is missing, damaged or empty, or has names that are none.
-    """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; a folder with {CONFIG_FILE} and {WEIGHTS_FILE} is needed.")
-    refuse_damaged(file)
-    tensors = load_file(file)
-    if not tensors:
-        raise ValueError(f"{file} holds no tensors, so there is no adapter in it. Save the adapter again.")
-    if strange := [key for key in tensors if not key.isprintable()]:
-        raise ValueError(f"{file} has names that no layer has: {strange[0]!a}. It is no adapter of PEFT's.")
-    return tensors
-
-
 def read_adapter(folder: Path) -> SavedAdapter:
     """A saved adapter that can be exported from its files.
 
@@ -162,7 +96,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     adapter = SavedAdapter(folder.name, config, tensors, base)
     refuse_uncovered(config, tensors, folder.name)
     _refuse_other_ranks(adapter)
-    _refuse_missing(adapter, sealed=_is_sealed(folder / WEIGHTS_FILE))
+    _refuse_missing(adapter, sealed=seal_of(folder / WEIGHTS_FILE) is not None)
     _refuse_other_stamps(adapter, peft_type)
     return adapter
 
@@ -191,26 +125,13 @@ def _by_layer(
     return layers
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled(keys: tuple[str, ...]) -> list[re.Pattern[str]]:
-    return [re.compile(rf"(.*\.)?({key})$") for key in keys]
-
-
-def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry for a layer as PEFT's `get_pattern_key` (0.21.2) finds it; each pattern is compiled once."""
-    for key, compiled in zip(pattern or {}, _compiled(tuple(pattern or {})), strict=True):
-        if compiled.match(name):
-            return pattern[key]  # type: ignore[index]
-    return (pattern or {}).get(name, default)
-
-
 def refuse_patterns(config: Any, layers: Collection[str]) -> None:
     """Refuse patterns that are no regular expressions, are too many, or take too long on these names.
 
     Raises:
         ValueError: naming field and pattern.
     """
-    for name in _ENTRIES:
+    for name in ("rank_pattern", "alpha_pattern"):
         if len(held := getattr(config, name, None) or {}) > _MOST_PATTERNS:
             raise ValueError(f"{name} has {len(held):,} entries, and from files at most {_MOST_PATTERNS:,} are read.")
     if hasattr(config, "layers_pattern"):  # a method that adapts layers by their names
@@ -261,20 +182,17 @@ def _refuse_other_stamps(adapter: SavedAdapter, peft_type: str) -> None:
 
 
 def _computations(adapter: SavedAdapter) -> Iterator[tuple[str, str]]:
-    """By layer what decides, besides its tensors, what it computes; in the words of the layers' `computation`."""
+    """By layer what decides, besides its tensors, what it computes; as the layers say it."""
     config = adapter.config
     if isinstance(config, MoRAConfig):
         for name in adapter.tensors:
-            yield name, f"mora_type={config.resolve_type(by_pattern(config.rank_pattern, name, config.r))!r}"
+            yield name, mora_computation(config.resolve_type(by_pattern(config.rank_pattern, name, config.r)))
     if isinstance(config, ResLoRAConfig):
         blocks = blocks_from_state_dict(config, adapter.state_dict())
         for chain in chains_of_blocks(config, blocks).chains:
             for position, target in enumerate(chain):
-                yield (
-                    target.name,
-                    f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={blocks[target.name].scaling}, "
-                    f"layer {position + 1} of its chain",
-                )
+                alpha = by_pattern(config.alpha_pattern, target.name, config.lora_alpha)
+                yield target.name, config.computation(target.rank, alpha, position)
 
 
 def _refuse_missing(adapter: SavedAdapter, sealed: bool) -> None:
@@ -334,15 +252,3 @@ def _gaps(config: LoraConfig, names: list[str]) -> list[str]:
 def _block_numbers(name: str) -> list[str]:
     """The numbers on the way to a module, its own name left out."""
     return [part for part in name.split(".")[:-1] if part.isdecimal()]
-
-
-def _is_sealed(file: Path) -> bool:
-    """Whether the file says what its tensors were when it was saved; `refuse_damaged` compares."""
-    with safe_open(file, "pt") as opened:
-        return "sha256" in (opened.metadata() or {})
-
-
-def _faults(config: PeftConfig) -> list[str]:
-    """The fields of a config that are not what they may be."""
-    checks, entries = ({name: c for name, c in all_.items() if hasattr(config, name)} for all_ in (_CHECKS, _ENTRIES))
-    return fields.field_faults(config, checks, entries)

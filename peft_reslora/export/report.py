@@ -1,13 +1,18 @@
-"""What an export did, layer by layer."""
+"""What an export did, layer by layer: as a value, as text and in the model card."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_reslora.shared.text import printable
+from peft import PeftConfig
+
+from peft_reslora.shared.card import card_head, markdown_table, versions
+from peft_reslora.shared.tables import format_table
+from peft_reslora.shared.text import code, code_block, printable, prose
 
 COLUMNS = ("layer", "exact", "merge", "rank", "kept", "energy kept", "relative error")
 
@@ -20,6 +25,7 @@ class LayerReport:
         layer: the module's name in the base model.
         merge: how the adapter became one matrix: 'exact', or the name of what estimated it. The error of an estimated
             merge is not part of `relative_error`; `peft_reslora.merge_report` measures it.
+        why: of an exact merge of ResLoRA, the reason.
         exact: whether the export holds the adapter's update up to rounding: an exact merge, nothing cut off, float32.
         rank_before: directions in the factors of the update.
         rank_after: directions in the export, before padding with zeros.
@@ -29,6 +35,7 @@ class LayerReport:
 
     layer: str
     merge: str
+    why: str
     exact: bool
     rank_before: int
     rank_after: int
@@ -38,7 +45,8 @@ class LayerReport:
     def cells(self) -> tuple[str, ...]:
         """The row of the table, under `COLUMNS`."""
         numbers = (self.rank_before, self.rank_after, f"{self.energy_kept:.6f}", f"{self.relative_error:.2e}")
-        return (printable(self.layer), "yes" if self.exact else "no", self.merge, *map(str, numbers))
+        merge = f"{self.merge} ({self.why})" if self.why else self.merge
+        return (printable(self.layer), "yes" if self.exact else "no", merge, *map(str, numbers))
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,64 @@ class ExportReport:
         return notes
 
     def __str__(self) -> str:
-        rows = [COLUMNS, *(layer.cells() for layer in self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([self.summary(), *lines])
+        return "\n".join([self.summary(), *format_table([COLUMNS, *(layer.cells() for layer in self.layers)])])
+
+
+def lora_card(config: PeftConfig, report: ExportReport, command: str | None = None) -> str:
+    """The `README.md` of an exported LoRA.
+
+    Args:
+        config: the config in the same folder.
+        report: what the export did.
+        command: the shell command that made it, if it was one.
+    """
+    method = report.method.split(" ")[0]
+    return f"""{card_head(config, ["lora", method.lower()])}
+# LoRA from {prose(report.method)}
+
+A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
+`peft_reslora`. The adapter was trained with {prose(method)}.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/or/repo")
+```
+
+## What the conversion kept
+
+{_kept(report)}
+
+## How it was made
+
+{code_block("sh", command) if command else code_block("python", report.call)}
+
+{versions()}
+"""
+
+
+def pipeline_card(config: PeftConfig, reports: Mapping[str, ExportReport]) -> str:
+    """The `README.md` beside one file with the exports of several models of a diffusers pipeline."""
+    methods = sorted({report.method.split(" ")[0] for report in reports.values()})
+    parts = "\n\n".join(f"### {code(name)}\n\n{_kept(report)}" for name, report in reports.items())
+    return f"""{card_head(config, ["lora", *map(str.lower, methods)])}
+# LoRA from {prose(", ".join(methods))} for a diffusers pipeline
+
+A standard LoRA for the models {", ".join(map(code, reports))}: it loads without `peft_reslora`.
+
+```python
+pipeline.load_lora_weights("path/or/repo")
+```
+
+## What the conversion kept
+
+{parts}
+
+{versions()}
+"""
+
+
+def _kept(report: ExportReport) -> str:
+    """What the conversion kept, in words and as a table."""
+    table = markdown_table([COLUMNS, *(layer.cells() for layer in report.layers)])
+    return f"{prose(report.summary())}\n\n{table}"

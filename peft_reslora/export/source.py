@@ -1,29 +1,17 @@
-"""The adapter that is exported, in a model: its config, its updates, and what no LoRA can hold."""
+"""The adapter that is exported: its config, and what no LoRA can hold."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from peft_reslora.export.base import config_of_base
-from peft_reslora.export.card import method_name
-from peft_reslora.export.factors import layer_factors
-from peft_reslora.export.fitting import EXACT, Fit, FittedUpdate
-from peft_reslora.export.targets import layers_over, tuner_layers
-from peft_reslora.reslora.layer import ResLoRALayer
-from peft_reslora.reslora.linked_chain import planned
-from peft_reslora.reslora.linking import chains_among
-from peft_reslora.shared.host import has_adapter, own_parameters
-from peft_reslora.shared.precision import full_precision
+from peft_reslora.shared.card import method_name
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
 
@@ -105,63 +93,6 @@ def name_of(base_model: nn.Module) -> str | None:
         getattr(base_model, "config", None), "_name_or_path", None
     )
     return name or None
-
-
-def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The exported layers whose weight another module uses as its own, such as an embedding; with that module."""
-    users: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        *_, base = layers_over(module)
-        for parameter in own_parameters(base):
-            users.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(user for user in names if user != name)
-        for names in users.values()
-        for name in names
-        if len(names) > 1 and name in exported
-    }
-
-
-@full_precision()
-def updates_in_model(
-    modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
-) -> dict[str, FittedUpdate]:
-    """The update of every layer that has the adapter, by the module's name in the base model.
-
-    Args:
-        modules: of the base model, as from `named_base_modules`.
-        adapter_name: which adapter.
-        fit: how to fit each update into the file.
-        progressbar: show how many of the modules are done.
-
-    Raises:
-        ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
-    """
-    updates = {}
-    layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
-    with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
-        for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
-            for layer in layers_over(module):
-                if isinstance(layer, AuxiliaryTrainingWrapper) and has_adapter(layer, adapter_name):
-                    raise ValueError(
-                        f"Adapter {adapter_name!r} trains the module {name!r} itself ({type(layer).__name__}), which "
-                        f"no LoRA can hold. {MERGE_INSTEAD}"
-                    )
-                if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
-                    with in_layer(adapter_name, name):
-                        factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
-    if not updates:
-        raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
-    return updates
-
-
-def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> str:
-    """How the layer's update becomes one matrix: only ResLoRA's 'input' and 'middle' have any that are estimated."""
-    if not isinstance(layer, ResLoRALayer) or layer.merges_exactly(adapter_name):
-        return EXACT
-    chain, _ = layer.chain_of(adapter_name)  # type: ignore[misc]  # a layer without a chain is exact
-    return f"estimated by {chain.config.merge_estimator}"
 
 
 @contextmanager

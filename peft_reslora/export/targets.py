@@ -69,7 +69,7 @@ def refuse_misfits(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, 
     """
     for name, shape in shapes.items():
         module = modules.get(name)
-        layers: list[Any] = [] if module is None else tuner_layers(module)  # of quantised layers they know the shape
+        layers: list[Any] = [] if module is None else tuner_layers(module)  # of quantized layers they know the shape
         own = (layers[-1].in_features, layers[-1].out_features) if layers else module and linear_shape(module)
         if own != shape:
             there = f"a layer with {own[0]} and {own[1]}" if own else "no such layer"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from peft import PeftConfig, PeftType
 
 from peft_reslora.shared import fields
+from peft_reslora.shared.names import PREFIX, role_of
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.saving import SavedWhole
 
 from .operators import MoRAType
@@ -39,6 +43,11 @@ _CHECKS: dict[str, fields.Check] = {
     "stamped": fields.flag,
     "ensure_weight_tying": fields.flag,
 }
+
+
+def computation(mora_type: MoRAType) -> str:
+    """What besides its matrix decides what a layer computes, in the words of its stamp."""
+    return f"mora_type={mora_type!r}"
 
 
 @dataclass
@@ -160,3 +169,16 @@ class MoRAConfig(SavedWhole, PeftConfig):
         if self.mora_type == "auto":
             return "rotation" if r < AUTO_SHARING_FROM_RANK else "sharing"
         return self.mora_type
+
+    def size_table(self, sides: Mapping[str, int]) -> list[tuple[str, ...]]:
+        """A header and a row for each kind of layer of a saved adapter: its operator and size."""
+        suffix = ".mora_M"
+        names = {key: key.removesuffix(suffix).removeprefix(PREFIX) for key in sides if key.endswith(suffix)}
+        fields.refuse_slow_patterns(self, names.values())
+        rows: Counter[tuple[str, ...]] = Counter()
+        for key, name in names.items():
+            q = sides[key]
+            r = by_pattern(self.rank_pattern, name, self.r)
+            rows[role_of(name), self.resolve_type(r), str(r), str(q), str(q * q)] += 1
+        header = ("role", "type", "r", "q", "parameters (LoRA of rank r: about as many)", "layers")
+        return [header, *((*row, str(count)) for row, count in rows.items())]

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.base_weights import (
@@ -26,8 +25,9 @@ from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.quantized import keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.shared.stamps import StampedLayer
+from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
-from .config import MoRAConfig
+from .config import MoRAConfig, computation
 from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
 
 
@@ -64,6 +64,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.mora_M = SquareMatrices()
         self.mora_dropout = nn.ModuleDict()
         self.mora_stamp = BufferDict(persistent=True)
+        self.arrivals = {}
         self.called_adapters = set()
         self._checked_by_compiler = set()
         self.r: dict[str, int] = {}
@@ -135,12 +136,12 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         return {"mora_M": self.mora_M[adapter_name]}
 
     def computation(self, adapter_name: str) -> str:
-        return f"mora_type={self.mora_type[adapter_name]!r}"
+        return computation(self.mora_type[adapter_name])
 
     def accepted_computations(self, adapter_name: str) -> list[str]:
         if adapter_name not in self.restarting:
             return super().accepted_computations(adapter_name)
-        return [f"mora_type={operator!r}" for operator in OPERATORS]
+        return [computation(operator) for operator in OPERATORS]
 
     def layer_title(self, adapter_name: str) -> str:
         return self.layer_name
@@ -199,10 +200,10 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
             )
         self.check_loaded(adapter_name)
         M = held_tensor(self.mora_M, adapter_name)
-        if isinstance(M, DTensor) or M.is_meta or M.numel() == 0:
+        if not is_readable(M):
             raise RuntimeError(
-                f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is sharded or offloaded and "
-                "cannot be read. Save the adapter and load it into a model without sharding and offloading."
+                f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is {NOT_HERE}. Save the "
+                "adapter and load it into a model without sharding and offloading."
             )
         return M.to(torch.promote_types(M.dtype, torch.float32)) * self.scaling[adapter_name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,6 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +30,7 @@ from peft_reslora.shared.checkpoints import NativeCheckpoints, refuse_adapter_na
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
 from peft_reslora.shared.host import in_out_features
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import find_targets, is_plain_linear, refuse_merged
 from peft_reslora.shared.undo import configs_kept, undone_on_failure
@@ -109,8 +109,7 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
     def _refuse_oversized(self, peft_config: Any, name: str, module: nn.Module) -> None:
         base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         in_features, out_features = in_out_features(base_layer)
-        pattern = peft_config.rank_pattern or {}
-        r = pattern.get(get_pattern_key(list(pattern), name), peft_config.r)
+        r = by_pattern(peft_config.rank_pattern, name, peft_config.r)
         if in_features and out_features and (fault := oversized(r, in_features, out_features)):
             raise ValueError(f"MoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
 
@@ -124,7 +123,7 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
+        r = by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         if isinstance(target, MoRALayer):
             target.update_layer(adapter_name, r, peft_config)
             return
@@ -230,27 +229,6 @@ def layer_sizes(model: nn.Module, adapter_name: str = "default") -> list[LayerSi
         for name, layer in model.named_modules()
         if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
     ]
-
-
-def size_table(config: MoRAConfig, sides: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """A header and a row for each kind of layer of a saved adapter: its operator and size.
-
-    Args:
-        config: the adapter's config.
-        sides: the first dimension of each tensor in the checkpoint, by its key.
-    """
-    refuse_slow_patterns(config, [key.removesuffix(".mora_M") for key in sides])
-    rows: dict[tuple[str, ...], int] = {}
-    for key, q in sides.items():
-        if key.endswith(".mora_M"):
-            name = key.removesuffix(".mora_M").removeprefix("base_model.model.")
-            pattern = config.rank_pattern or {}
-            r = pattern.get(get_pattern_key(list(pattern), name), config.r)
-            role = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            row = (role, config.resolve_type(r), str(r), str(q), str(q * q))
-            rows[row] = rows.get(row, 0) + 1
-    header = ("role", "type", "r", "q", "parameters (LoRA of rank r: about as many)", "layers")
-    return [header, *((*row, str(count)) for row, count in rows.items())]
 
 
 def _is_split(module: nn.Module) -> bool:

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
-
-# Blue and vermillion of the Okabe-Ito palette: apart in print and for colour-blind readers.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+from peft_reslora.shared.plots import PALETTE, new_figure, save_figure
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -21,16 +15,13 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 def plot_losses(losses: Mapping[str, Sequence[float]], path: Path, title: str, window: int) -> None:
     """Draw one training-loss curve per method into a PNG: every step faintly, the moving average on top."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (name, values), colour in zip(losses.items(), _COLOURS, strict=False):
+    figure, (axes,) = new_figure()
+    for (name, values), color in zip(losses.items(), PALETTE, strict=False):
         steps = range(1, len(values) + 1)
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, moving_average(values, window), color=colour, linewidth=2, label=name)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, moving_average(values, window), color=color, linewidth=2, label=name)
     axes.set(title=title, xlabel="training step", ylabel=f"training loss (line: mean of the last {window} steps)")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)

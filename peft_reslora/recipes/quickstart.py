@@ -27,6 +27,7 @@ from peft_reslora.recipes.plots import plot_losses
 from peft_reslora.recipes.stdlib_docstrings import Split, load_split
 from peft_reslora.recipes.training import RANK, TARGET_MODULES, Run, Task, tabulate, train_both
 from peft_reslora.reslora.config import Shortcut
+from peft_reslora.shared.plots import require_matplotlib
 from peft_reslora.shared.tables import format_table
 
 # Merging adds B A to W before the product with x instead of after it, which in float32 moves the logits by about 1e-6
@@ -92,9 +93,11 @@ def run_quickstart(out: Path, shortcut: Shortcut, steps: int, seed: int, say: Ca
 
     Raises:
         ValueError: if `steps` is not positive, `out` holds something else, or data or base are not to be had.
+        ImportError: if matplotlib is missing.
     """
     if steps < 1:
         raise ValueError(f"--steps {steps}: at least one training step is needed")
+    require_matplotlib()
     split, weights = load_split(), find_weights()
     prepare_folder(out)
     _quieten_transformers()

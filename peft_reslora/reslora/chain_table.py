@@ -54,9 +54,9 @@ class Role:
     missing: tuple[MissingLink, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChainTable:
-    """All chains of one adapter, and what a forward pass showed of them. `str()` prints it as a table."""
+    """All chains of one adapter, and what a forward pass showed of them; `str` and `repr` lay it out as a table."""
 
     shortcut: str
     pre_num: int
@@ -101,6 +101,8 @@ class ChainTable:
         if self.findings:
             lines += ["seen in a forward pass:", *(f"  {finding}" for finding in self.findings)]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def _indices_text(role: str, target: Target) -> str:

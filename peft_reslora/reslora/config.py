@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from peft import LoraConfig, PeftType
 
 from peft_reslora.shared import fields
+from peft_reslora.shared.patterns import scaling_of
 from peft_reslora.shared.saving import SavedWhole
 
 Shortcut = Literal["input", "block", "middle"]
@@ -174,6 +175,17 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.peft_type = PeftType["RESLORA"]
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """s of a layer with rank r: LoRA's, or AdaLoRA's, which pruning leaves as it is."""
+        return scaling_of(self, r, alpha) if self.total_step is None else alpha / (self.init_r + 1e-5)
+
+    def computation(self, r: int, alpha: float, position: int) -> str:
+        """What besides its tensors decides what a layer computes, in the words of its stamp; `position` from 0."""
+        return (
+            f"shortcut={self.shortcut!r}, pre_num={self.pre_num}, scaling={self.scaling(r, alpha)}, layer "
+            f"{position + 1} of its chain{', use_dora' if self.use_dora else ''}"
+        )
 
     def _own_faults(self) -> list[str]:
         faults = []

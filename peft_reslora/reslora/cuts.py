@@ -26,9 +26,8 @@ from peft_reslora.reslora.chain_table import (
 )
 from peft_reslora.reslora.config import AUTO, BY_NUMBER, ResLoRAConfig
 from peft_reslora.shared.host import in_out_features
-from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.names import PREFIX, bare_name
 
-_PREFIX = "base_model.model."
 # Lists of such names hold what works side by side, on one input or each on its own: output heads, embeddings of boxes
 # and classes, projections and mergers of several inputs. An nn.Sequential of such a name runs one after the other.
 _SIDE_BY_SIDE = re.compile(r"head|embed|proj|merger|hypernetwork|output|adapter|confidence|assignment|lqe|controlnet")
@@ -87,7 +86,7 @@ def find_cuts(
     first one run through the second; and the second comes after the first, not beside it. Where a `chain_pattern` says
     what is linked, only the tokens count.
     """
-    modules = {bare_name(name, model).removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
     patterns = [chain_pattern] if isinstance(chain_pattern, str) else list(chain_pattern or ())
     targeted = {target.name for target in targets}
     others = (layer for layer in _linear_layers(modules) if layer.name not in targeted)
@@ -191,7 +190,7 @@ def refuse_moved_rows(model: nn.Module, table: ChainTable) -> None:
     """
     if table.shortcut == "block":
         return
-    modules = {bare_name(name, model).removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
     for chain in table.chains:
         for before, after in pairwise(target.name for target in chain):
             first, second = _windows(modules, before), _windows(modules, after)

@@ -23,7 +23,7 @@ from torch import nn
 
 from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.linked_chain import Chain
-from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch, layer_is_exact
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
 from peft_reslora.reslora.variant import ResLoRAVariant
 from peft_reslora.shared.base_weights import (
     computed_weight,
@@ -140,16 +140,15 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def set_scale(self, adapter: str, scale: float) -> None:
         super().set_scale(adapter, scale)
-        if self.chain_of(adapter) is not None:
-            self.scaling[adapter] = scale * self.lora_alpha[adapter] / self._divisor(adapter)
+        place = self.chain_of(adapter)
+        if place is not None and adapter in self.scaling:
+            config, alpha = place[0].config, self.lora_alpha[adapter]
+            self.scaling[adapter] = scale * config.scaling(self.r[adapter], alpha)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         super().unscale_layer(scale)
         for adapter in self.active_adapters if scale is None else ():
             self.set_scale(adapter, 1.0)
-
-    def _divisor(self, adapter_name: str) -> float:
-        return self.block_of(adapter_name).divisor(self.lora_variant[adapter_name].chain.config, self.r[adapter_name])
 
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
@@ -190,13 +189,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if place is None:
             return "no shortcut"
         chain, position = place
-        config = chain.config
-        scaling = self.lora_alpha[adapter_name] / self._divisor(adapter_name)  # set_scale is not saved
-        dora = ", use_dora" if config.use_dora else ""
-        return (
-            f"shortcut={config.shortcut!r}, pre_num={config.pre_num}, scaling={scaling}, layer {position + 1} of its "
-            f"chain{dora}"
-        )
+        # `set_scale` is not saved
+        return chain.config.computation(self.r[adapter_name], self.lora_alpha[adapter_name], position)
 
     def layer_title(self, adapter_name: str) -> str:
         place = self.chain_of(adapter_name)
@@ -237,7 +231,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         self.lora_variant[adapter_name].chain.config.estimate = "calibrated"
 
     def anneal(self, adapter_name: str, estimate: torch.Tensor, share: float) -> None:
-        """Let `estimate`, E_n, take the `share` t of the shortcut's place in the forward pass from now on."""
+        """Keep `estimate` as the C_n that takes the `share` t of the shortcut's place in the forward from now on."""
         device = self.block_of(adapter_name).weights[0].device
         self.lora_shortcut[adapter_name] = estimate.to(device, torch.float32)
         self.lora_annealed[adapter_name] = torch.tensor(share, device=device, dtype=torch.float32)
@@ -271,15 +265,6 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             )
         chain, position = place
         return chain.merged_factors(position)
-
-    def merges_exactly(self, adapter_name: str) -> bool:
-        """Whether the merge of this layer computes what its forward pass does, see `layer_is_exact`."""
-        place = self.chain_of(adapter_name)
-        if place is None:
-            return True
-        chain, position = place
-        blocks = chain.blocks() if chain.planned is None else chain.planned.blocks
-        return layer_is_exact(blocks, position, chain.config)
 
     @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -502,5 +487,5 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
     for buffers in BUFFERS:
         setattr(module, buffers, Float32Buffers(UNRECORDED if buffers == "lora_norm" else math.nan))
     module.lora_magnitude_vector = BufferDict(persistent=True)
-    module.__dict__.update(called_adapters=set(), _checked_by_compiler=set())
+    module.__dict__.update(arrivals={}, called_adapters=set(), _checked_by_compiler=set())
     module.__dict__["kept_base"] = []  # plain, not a submodule

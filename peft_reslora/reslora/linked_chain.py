@@ -13,7 +13,8 @@ import torch
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
 from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merging.estimators import Block, ChainMerge, check_finite
+from peft_reslora.reslora.merging.estimators import Block, check_finite
+from peft_reslora.reslora.merging.plan import ChainMerge
 from peft_reslora.reslora.passes import Doorway
 from peft_reslora.reslora.relay import Relay
 from peft_reslora.shared.host import BufferDict

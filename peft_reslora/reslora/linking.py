@@ -6,16 +6,12 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PretrainedConfig
 
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
@@ -33,7 +29,8 @@ from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.passes import add_doorway
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.host import Convolution, custom_modules, has_adapter, in_out_features
-from peft_reslora.shared.names import bare_name
+from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
@@ -80,14 +77,14 @@ def _warn_of_lone_layers(adapter_name: str, config: ResLoRAConfig, table: ChainT
     if total and not table.num_links:
         warnings.warn(
             f"Adapter {adapter_name!r} has no shortcut at all: none of its {total} layers is linked to another, "
-            f"so it trains plain LoRA{doubled}. See describe_chains(model) for the reasons, or set chain_pattern.",
+            f"so it trains plain LoRA{doubled}. See print(describe_chains(model)) for why, or set chain_pattern.",
             stacklevel=3,
         )
     elif new and lone and doubled:
         warnings.warn(
             f"{len(lone)} of the {total} layers of adapter {adapter_name!r} are linked to no other and train plain "
             f"LoRA{doubled}: {', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}. Leave them out with "
-            "exclude_modules, or see describe_chains(model).",
+            "exclude_modules, or see print(describe_chains(model)).",
             stacklevel=3,
         )
 
@@ -163,7 +160,7 @@ def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ResLoRALayer) and has_adapter(module, adapter_name):
-            yield bare_name(name, model).removeprefix("base_model.model."), module
+            yield bare_name(name, model).removeprefix(PREFIX), module
 
 
 def find_chains_before_injection(
@@ -192,8 +189,7 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
         in_features, out_features = in_out_features(_base_of(layer))
         if in_features is None or out_features is None:
             continue  # a custom layer of PEFT's, which says so when it is made
-        pattern = config.rank_pattern or {}
-        rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+        rank = by_pattern(config.rank_pattern, name, config.r)
         if fault := oversized(rank, in_features, out_features):
             raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
         targets.append(Target(bare_name(name, model), in_features, out_features, rank))
@@ -265,54 +261,3 @@ def _refuse_routed(table: ChainTable) -> None:
             f"tokens are routed to the experts of each block ({len(routed)} chains, such as that of {routed[0]}). Use "
             r"shortcut='block', or leave the experts out with exclude_modules=r'.*\bexperts?\b.*'."
         )
-
-
-def describe_chains(
-    model: nn.Module | PretrainedConfig,
-    config: ResLoRAConfig | None = None,
-    adapter_name: str = "default",
-    batch: Mapping[str, Any] | None = None,
-) -> ChainTable:
-    """Print, and return, who is linked to whom, and which links were not made and why.
-
-    Args:
-        model: a model with the adapter in it; or, with `config`, one without it, which is not changed; or a
-            transformers config, of which a model without weights is built.
-        config: what would be injected.
-        adapter_name: the adapter to describe, if the model holds several.
-        batch: arguments of the model's forward. One pass of the base model shows layers that are not called or called
-            several times, links between layers that do not depend on each other, and layers that all get one input,
-            such as the keys of cross-attention. The model stays as it is.
-
-    Raises:
-        ValueError: if neither the model nor `config` says which adapter, or for a `batch` without a model.
-    """
-    if isinstance(model, PretrainedConfig):
-        if batch is not None:
-            raise ValueError(
-                f"describe_chains got a batch and a {type(model).__name__}, of which no model can run; pass the model."
-            )
-        model = _without_weights(model)
-    if config is not None:
-        table = find_chains_before_injection(model, config)
-    else:
-        held = getattr(model, "peft_config", {})
-        if not isinstance(held.get(adapter_name), ResLoRAConfig):
-            raise ValueError(
-                f"The model holds no ResLoRA adapter {adapter_name!r} (it has {sorted(held)}); pass "
-                "describe_chains(model, ResLoRAConfig(...)) to see the chains before injection."
-            )
-        table = find_injected_chains(model, held[adapter_name], adapter_name)
-    if batch is not None:
-        from peft_reslora.reslora.tracing import findings  # which runs models, as calibration does, and builds on this
-
-        table = replace(table, findings=findings(model, table, batch))
-    print(table)  # noqa: T201
-    return table
-
-
-def _without_weights(config: PretrainedConfig) -> nn.Module:
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        return AutoModel.from_config(config)

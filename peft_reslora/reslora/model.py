@@ -25,7 +25,7 @@ from peft_reslora.reslora.linking import (
     link_chains,
     own_config,
 )
-from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS
 from peft_reslora.reslora.passes import doorway_of, remove_doorways
 from peft_reslora.reslora.rank_allocation import (
     stop_watching_training,
@@ -381,8 +381,7 @@ def _estimate_in(model: nn.Module, adapter_name: str) -> Literal["calibrated", "
 def describe_merge(chains: Sequence[Chain]) -> str:
     """One line on the merge of one adapter: exact, or by which estimator."""
     config, name = chains[0].config, chains[0].adapter_name
-    linked = [chain for chain in chains if len(chain.layers) > 1]
-    estimated = sum(len(chain.layers) - 1 for chain in linked if not is_exact(chain.blocks(), config))
+    estimated = sum(not layer.exact for chain in chains for layer in chain.merge().exactness)
     how = (
         "exactly"
         if estimated == 0

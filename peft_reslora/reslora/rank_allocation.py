@@ -110,7 +110,7 @@ class RankAllocation:
             warnings.warn(
                 f"Adapter {adapter_name!r} was trained for {self._steps_missed} steps, and no ranks were allocated: "
                 "AdaLoRA needs RankAllocationCallback (Trainer(callbacks=[...]), from "
-                "peft_reslora.training.rank_allocation), or a call of update_and_allocate(model, step) after each "
+                "peft_reslora.training), or a call of update_and_allocate(model, step) after each "
                 "optimizer step and before zero_grad. Without, all layers keep init_r.",
                 stacklevel=2,
             )

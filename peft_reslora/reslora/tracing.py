@@ -18,11 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_reslora.reslora.chain_table import ChainTable, Target, reach
-from peft_reslora.reslora.merging.calibrate import to_device
+from peft_reslora.reslora.merging.observe import to_device
 from peft_reslora.shared.host import is_from_function, set_adapters_off
-from peft_reslora.shared.names import bare_name
-
-_PREFIX = "base_model.model."
+from peft_reslora.shared.names import PREFIX, bare_name
 
 
 @dataclass
@@ -87,7 +85,7 @@ class _Tracer:
 def findings(model: nn.Module, table: ChainTable, batch: Mapping[str, Any]) -> tuple[str, ...]:
     """What a forward pass on `batch` shows that `table` does not: one line for each thing to know."""
     targets = [target for chain in table.chains for target in chain]
-    modules = {bare_name(name, model).removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
     calls = dict(zip(targets, _trace(model, [modules[t.name] for t in targets], batch), strict=True))
     index = {target: n for n, target in enumerate(targets)}
     lines: list[str] = []

@@ -15,11 +15,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_reslora.shared.host import BufferDict, children_by_name, has_adapter, own_tensor_names
-from peft_reslora.shared.names import bare_name
-from peft_reslora.shared.stamps import StampedLayer, can_be_stamped, fault_against, make_stamp
+from peft_reslora.shared.host import BufferDict, children_by_name, has_adapter, is_being_loaded, own_tensor_names
+from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.stamps import Arrivals, StampedLayer, can_be_stamped, fault_against, make_stamp
 
-PREFIX = "base_model.model."
 Parts = dict[str, dict[str, torch.Tensor]]  # a layer's tensors by their names in it, by the layer's bare name
 Layer = TypeVar("Layer", bound=StampedLayer)
 
@@ -28,6 +27,13 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
     """The state dict hooks of a tuner whose layers are `StampedLayer`s."""
 
     stamped_layer_cls: type[StampedLayer]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; the layers of one adapter answer for each other's stamps."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        arrivals = Arrivals()
+        for _, layer in adapted_layers(model, self.stamped_layer_cls, adapter_name):
+            layer.arrivals[adapter_name] = arrivals
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -74,8 +80,20 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
 
         Raises:
             ValueError: if tensors are missing, have another shape, would be dropped, are not those that were saved,
-                or were saved from another computation.
+                or were saved from another computation. An adapter that PEFT made for them is taken away again.
         """
+        try:
+            remapped = cls._remap_checked(model, adapter_name, state_dict)
+        except BaseException:
+            if is_being_loaded(model, adapter_name):
+                model.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, remapped)
+
+    @classmethod
+    def _remap_checked(
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         layers = {canonical(name): layer for name, layer in adapted_layers(model, cls.stamped_layer_cls, adapter_name)}
         suffix = f".{cls.stamped_layer_cls.stamp_name}"
         given = {canonical(cls._remove_adapter_name_from_key(k, adapter_name)): v for k, v in state_dict.items()}
@@ -94,8 +112,7 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
             layer.forget_stamp(adapter_name)
         # PEFT takes a prefix off each key after this hook, where it sees none on the parameters, as under FSDP1.
         lost = "" if any(name.startswith(PREFIX) for name, _ in model.named_parameters()) else PREFIX
-        remapped = {(lost if keys[k].startswith(PREFIX) else "") + keys[k]: tensor for k, tensor in given.items()}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, remapped)
+        return {(lost if keys[k].startswith(PREFIX) else "") + keys[k]: tensor for k, tensor in given.items()}
 
     @classmethod
     def _make_room(cls, layers: Mapping[str, StampedLayer], adapter_name: str, found: Parts) -> Callable[[], None]:
@@ -110,6 +127,7 @@ class _BareNames:
         self._model = model
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of the model, by bare names."""
         for name, module in self._model.named_modules():
             yield bare_name(name), module
 

@@ -7,12 +7,14 @@ frames that run. The private hooks of PEFT that the tuners override stand at the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 # PEFT 0.21.0 to 0.21.2. A public name for a dictionary of buffers would end the need.
 from peft.tuners._buffer_dict import BufferDict
@@ -48,6 +50,18 @@ def has_adapter(module: Any, adapter_name: str) -> bool:
     PEFT 0.21.2; a public list of a layer's adapters would end the need.
     """
     return adapter_name in module._get_available_adapters()
+
+
+def is_being_loaded(model: nn.Module, adapter_name: str) -> bool:
+    """Whether PEFT's `load_adapter`, which runs now, has itself just put the adapter into the model.
+
+    PEFT 0.21.0 to 0.21.2, which only then has a local `peft_config`; an undo of its own would end the need.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+        frame = frame.f_back
+    known: Any = {} if frame is None else frame.f_locals
+    return known.get("self") is model and known.get("adapter_name") == adapter_name and "peft_config" in known
 
 
 def set_adapters_off(layer: BaseTunerLayer, off: bool) -> None:

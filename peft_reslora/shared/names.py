@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_reslora.shared.host import children_by_name
 
+PREFIX = "base_model.model."  # which PeftModel puts before the names of the bare model
 # These no model uses for itself: torch.compile's, torch's checkpoint_wrapper's, FSDP1's and fairscale's.
 _MARKS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
 # These keep what they wrap as `module`, which is a name like another; so the class has to say it.
@@ -37,6 +38,11 @@ def bare_name(name: str, model: nn.Module | None = None) -> str:
             kept.append(part)
         module = None if module is None else children_by_name(module).get(part)
     return ".".join(kept)
+
+
+def role_of(name: str) -> str:
+    """The name with `*` for the block indices in it: what layers of several blocks have in common."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -124,6 +124,28 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
 
 
+class Arrivals:
+    """What all layers of one adapter, which share this, have seen of their stamps when they were first used.
+
+    A file that lacks all of a layer's entries lacks its stamp too, which only those of other layers show.
+    """
+
+    def __init__(self) -> None:
+        self.stamped = False
+        self.bare: str | None = None  # the title of a layer whose stamp has not come
+
+    def fault(self, title: str, stamp: torch.Tensor) -> str | None:
+        """Count in a layer's stamp; what is wrong with the adapter, if that shows it."""
+        if _is_whole(stamp):
+            if stamp.any():
+                self.stamped = True
+            else:
+                self.bare = self.bare or title
+        if not self.stamped or self.bare is None:
+            return None
+        return f"its other layers came with stamps, and nothing came for layer {self.bare!r}"
+
+
 class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     """What a layer of either tuner does about stamps.
 
@@ -135,6 +157,7 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     stamp_name: str  # the attribute that holds the stamps
     part_names: tuple[str, ...]  # the attributes that may hold what belongs to an adapter, and is stamped
     r: dict[str, int]  # by adapter
+    arrivals: dict[str, Arrivals]  # by adapter
     called_adapters: set[str]  # that have taken part in a forward pass
     _checked_by_compiler: set[str]  # adapters that were compared with their stamps while a graph was traced
 
@@ -189,6 +212,7 @@ class StampedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
 
     def _refuse_unlike_stamp(self, adapter_name: str, stamp: torch.Tensor) -> None:
         fault = fault_against(stamp, self.stamped_parts(adapter_name), self.computation(adapter_name))
+        fault = self.arrivals[adapter_name].fault(self.layer_title(adapter_name), stamp) or fault
         if self.awaits_estimate(adapter_name):
             fault = "its config says that it was annealed, and no estimate was loaded"
         if fault is not None:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.forwards import computes_linearly, reader_of
 from peft_reslora.shared.host import with_all_linear_layers
+from peft_reslora.shared.names import role_of
 
 Config: TypeAlias = Any  # a PeftConfig that has `target_modules`
 WhyNot = Callable[[nn.Module], "str | None"]
@@ -88,7 +89,7 @@ def find_targets(
     if config.inference_mode and all(fault.loads for fault in faults.values()):
         warnings.warn(f"{_tuner(config)} has no effect on {_listed(faults)}.", stacklevel=3)
         return Targets(chosen)
-    excluded = "|".join(re.escape(role).replace(r"\*", r"\d+") for role in dict.fromkeys(map(_role, faults)))
+    excluded = "|".join(re.escape(role).replace(r"\*", r"\d+") for role in dict.fromkeys(map(role_of, faults)))
     raise ValueError(
         f"{_tuner(config)} cannot adapt {_listed(faults)}. Name fewer modules in target_modules, or leave these out "
         f"with exclude_modules=r'{excluded}'."
@@ -181,7 +182,7 @@ def _listed(faults: Mapping[str, _Fault]) -> str:
     """The layers and what is wrong with them; those of one role and one fault in one."""
     groups: dict[tuple[str, _Fault], list[str]] = {}
     for name, fault in faults.items():
-        groups.setdefault((_role(name), fault), []).append(name)
+        groups.setdefault((role_of(name), fault), []).append(name)
     shown = [
         f"{names[0]} ({fault.kind}), {fault.reason}"
         if len(names) == 1
@@ -189,10 +190,6 @@ def _listed(faults: Mapping[str, _Fault]) -> str:
         for (role, fault), names in list(groups.items())[:_SHOWN]
     ]
     return "; ".join([*shown, f"and {len(groups) - _SHOWN} more"] if len(groups) > _SHOWN else shown)
-
-
-def _role(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -220,7 +217,7 @@ def _mention_experts(model: nn.Module, config: Config, resolved: Any, named: boo
         return
     count = sum(p.numel() for name in asked for p in experts[name].parameters())
     share = count / sum(p.numel() for p in model.parameters())
-    roles = ", ".join(sorted(set(map(_role, asked))))
+    roles = ", ".join(sorted(set(map(role_of, asked))))
     fused = (
         f"the experts in {roles} ({len(asked)} modules, {share:.0%} of the model's parameters): their weights are "
         f"fused into parameters, and {_tuner(config)} adapts layers"

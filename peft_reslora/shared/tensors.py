@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peft_reslora.shared.host import BufferDict
+
+NOT_HERE = "sharded or offloaded and cannot be read"  # for messages
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """In float32, or as it is where that is wider."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether its numbers are all here: not sharded over processes, nor kept elsewhere by an engine or offloading."""
+    return not (isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0)
 
 
 def stored(buffers: BufferDict, adapter_name: str) -> torch.Tensor | None:

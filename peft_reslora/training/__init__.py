@@ -1,0 +1,22 @@
+"""Callbacks for transformers' Trainer, and the functions behind them for other training loops."""
+
+from peft_reslora.training.annealing import ShortcutAnnealing, anneal_shortcuts, annealed_share
+from peft_reslora.training.rank_allocation import RankAllocationCallback, update_and_allocate
+from peft_reslora.training.restart_weights import load_base_weights, save_base_weights
+from peft_reslora.training.restartable import check_restartable
+from peft_reslora.training.restarts import MergeAndRestartCallback, merge_and_restart
+from peft_reslora.training.rewarming import rewarm
+
+__all__ = [
+    "MergeAndRestartCallback",
+    "RankAllocationCallback",
+    "ShortcutAnnealing",
+    "anneal_shortcuts",
+    "annealed_share",
+    "check_restartable",
+    "load_base_weights",
+    "merge_and_restart",
+    "rewarm",
+    "save_base_weights",
+    "update_and_allocate",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from peft_reslora.reslora.linking import chains_of
@@ -21,7 +22,7 @@ class RankAllocationCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warns if the run is too short for the schedule."""
+        """Warns if the run is too short for the schedule, or resumes with a state of pruned directions."""
         model = kwargs["model"]
         for adapter_name in trained_adapters(model):
             config = chains_of(model, adapter_name)[0].config
@@ -34,5 +35,24 @@ class RankAllocationCallback(TrainerCallback):
                     stacklevel=2,
                 )
 
+        if _forget_misfits(kwargs["optimizer"]):
+            warnings.warn(
+                "The checkpoint was saved after ranks were allocated, and its optimizer state is that of all "
+                "directions: that of the factors which have lost some begins anew.",
+                stacklevel=2,
+            )
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_and_allocate(kwargs["model"], state.global_step + 1)
+
+
+def _forget_misfits(optimizer: Any) -> bool:
+    """Drop the state of parameters that have another shape than it; whether there were any."""
+    misfits = [
+        parameter
+        for parameter, state in optimizer.state.items()
+        if any(isinstance(v, torch.Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values())
+    ]
+    for parameter in misfits:
+        del optimizer.state[parameter]
+    return bool(misfits)

@@ -1,19 +1,17 @@
 """The command line: instant help, clear refusals, and what `export` and `inspect` do with a saved adapter."""
 
-import logging
-import os
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from helpers.command import Done
 from helpers.oracle import relative_error
+from helpers.repository import ROOT
 from helpers.tiny_models import TINY_MODELS
 from helpers.tolerances import rounding
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,39 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_reslora_cli
 from peft_reslora import LoraExport, MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.config import Shortcut
+from peft_reslora_cli.arguments import DTYPES, SHORTCUTS
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAMA = TINY_MODELS["llama"]
-
-
-@dataclass
-class Done:
-    """What a command left: exit code and the two streams."""
-
-    code: int | str | None
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
-    """Run `peft-reslora` in this process, and undo afterwards what it sets for the process."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
-
-    def run(*argv: object) -> Done:
-        capsys.readouterr()
-        code: int | str | None
-        try:
-            code = peft_reslora_cli.main([str(arg) for arg in argv])
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        # The interpreter prints a message given to `sys.exit` and turns it into code 1.
-        return Done(1, captured.out, captured.err + code) if isinstance(code, str) else Done(code, *captured)
-
-    with warnings.catch_warnings():
-        yield run
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +49,16 @@ def save_adapter(base: Path, folder: Path, **fields: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("level", [[], ["quickstart"], ["export"], ["inspect"]])
-def test_help_of_each_level_imports_nothing_heavy(level: list[str]) -> None:
-    argv = [sys.executable, "-X", "importtime", "-m", "peft_reslora_cli", *level, "--help"]
+COMMAND_NAMES = [command.__name__.rpartition(".")[2] for command in peft_reslora_cli.COMMANDS]
+
+
+@pytest.mark.parametrize("level", [[], *([name] for name in COMMAND_NAMES)])
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such-option", 2)])
+def test_help_and_wrong_usage_of_each_level_import_nothing_heavy(level: list[str], option: str, code: int) -> None:
+    argv = [sys.executable, "-X", "importtime", "-m", "peft_reslora_cli", *level, option]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert done.stdout.startswith(" ".join(["usage: peft-reslora", *level]))
+    assert done.returncode == code
+    assert "usage: peft-reslora" in done.stdout + done.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "numpy", "peft", "transformers", "peft_reslora"}
@@ -100,8 +72,8 @@ def test_module_runs_the_same_command() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(Shortcut) == peft_reslora_cli.SHORTCUTS
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in peft_reslora_cli.DTYPES)
+    assert get_args(Shortcut) == SHORTCUTS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import adapted
+from helpers.command import Done
+from helpers.exports import CAUSAL, llama, net, outputs
+from helpers.oracle import relative_error
+from helpers.tolerances import EPS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
-from test_cli import Done, command  # noqa: F401 - a fixture
-from test_export import adapted, llama, net, outputs, relative
 from transformers import (
     CLIPConfig,
     CLIPTextConfig,
@@ -36,7 +39,6 @@ from peft_reslora.shared import fields
 from peft_reslora.shared.text import code, code_block, printable, prose
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CAUSAL = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "LORA": lambda: LoraConfig(r=3, **CAUSAL),
     "MORA": lambda: MoRAConfig(r=2, mora_type="sharing", **CAUSAL),
@@ -69,7 +71,7 @@ def refused_on_one_line(done: Done) -> str:
     return error
 
 
-def run_both(command: Callable[..., Done], folder: Path, out: Path) -> list[str]:  # noqa: F811
+def run_both(command: Callable[..., Done], folder: Path, out: Path) -> list[str]:
     start = time.monotonic()
     errors = [refused_on_one_line(command("export", folder, out)), refused_on_one_line(command("inspect", folder))]
     assert time.monotonic() - start < 2 * SECONDS
@@ -96,7 +98,7 @@ CONFIG_TEXTS = {
 
 
 @pytest.mark.parametrize("name", CONFIG_TEXTS)
-def test_configs_that_are_none(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_configs_that_are_none(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:
     folder = shutil.copytree(adapters["LORA"], tmp_path / "adapter")
     (folder / "adapter_config.json").write_bytes(CONFIG_TEXTS[name])
     for error in run_both(command, folder, tmp_path / "out"):
@@ -133,7 +135,7 @@ FIELDS: dict[str, Any] = {
 def test_fields_that_no_config_has(
     name: str,
     kind: str,
-    command: Callable[..., Done],  # noqa: F811
+    command: Callable[..., Done],
     adapters: dict,
     tmp_path: Path,
 ) -> None:
@@ -143,7 +145,7 @@ def test_fields_that_no_config_has(
     run_both(command, folder, tmp_path / "out")
 
 
-def test_a_slow_chain_pattern(command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_a_slow_chain_pattern(command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:
     folder = shutil.copytree(adapters["RESLORA"], tmp_path / "adapter")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chain_pattern": r"(\w+\.?)+(\d+)!"}))
@@ -151,7 +153,7 @@ def test_a_slow_chain_pattern(command: Callable[..., Done], adapters: dict, tmp_
         assert "chain_pattern" in error
 
 
-def test_a_base_of_endless_size(command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_a_base_of_endless_size(command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:
     """From its config alone; also where the adapter names it as its base."""
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
     (tmp_path / "base").mkdir()
@@ -178,7 +180,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_that_are_none(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_that_are_none(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:
     folder = shutil.copytree(adapters["LORA"], tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(WEIGHTS[name])
     for error in run_both(command, folder, tmp_path / "out"):
@@ -196,7 +198,7 @@ TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_no_adapter_has(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_tensors_that_no_adapter_has(name: str, command: Callable[..., Done], adapters: dict, tmp_path: Path) -> None:
     folder = shutil.copytree(adapters["LORA"], tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     save_file({key: tensor.clone() for key, tensor in TENSORS[name](load_file(file)).items()}, file)
@@ -276,7 +278,7 @@ def test_cards_and_reports_show_names_and_obey_none(tmp_path: Path) -> None:
     adapter = "</code>```\n<img src=x onerror=alert(1)>"
     export = export_lora(get_peft_model(model, config, adapter_name=adapter), adapter)
     assert all(line.isprintable() for line in str(export.report).splitlines())
-    assert len(str(export.report).splitlines()) == 3
+    assert len(str(export.report).splitlines()) == 4
     export.save_pretrained(tmp_path / "lora", command=f"peft-reslora export {adapter}")
     card = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     assert all(line.isprintable() for line in card.splitlines())
@@ -287,7 +289,7 @@ def test_cards_and_reports_show_names_and_obey_none(tmp_path: Path) -> None:
 
 
 def test_the_terminal_shows_no_control_characters(
-    command: Callable[..., Done],  # noqa: F811
+    command: Callable[..., Done],
     adapters: dict,
     tmp_path: Path,
 ) -> None:
@@ -339,7 +341,7 @@ def test_an_adapter_of_a_part_of_its_base_is_exported_from_files(tmp_path: Path)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_vision_language_base_is_loaded_as_what_it_was_saved(
     kind: str,
-    command: Callable[..., Done],  # noqa: F811
+    command: Callable[..., Done],
     tmp_path: Path,
 ) -> None:
     llava().save_pretrained(tmp_path / "base")
@@ -355,7 +357,7 @@ def test_a_vision_language_base_is_loaded_as_what_it_was_saved(
         assert done.code == 0, done.err
         loaded = PeftModel.from_pretrained(llava(), tmp_path / "lora").eval()
         effect = outputs(model) - outputs(llava())
-        assert relative(outputs(loaded) - outputs(llava()), effect) < 1000 * torch.finfo(torch.float32).eps
+        assert relative_error(outputs(loaded) - outputs(llava()), effect) < 1000 * EPS
     done = command("inspect", tmp_path / "base", "--target-modules", "q_proj")
     assert done.code == 0, done.err
     assert "language_model.layers.*.self_attn.q_proj" in done.out

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import adapted, tuner_layers
+from helpers.gradients import assert_gradients_close, gradients
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
-from helpers.tolerances import MODEL64, assert_gradients_close, half_rounding, rounding
+from helpers.tolerances import MODEL64, half_rounding, rounding
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -24,7 +26,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.conversion import convert_to_lora
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -52,15 +53,10 @@ def config_of(tuner: str, **fields: Any) -> PeftConfig:
     return TUNERS[tuner](**{"r": 3, "target_modules": TINY.targets, **fields})
 
 
-def adapted(tuner: str, **fields: Any) -> tuple[nn.Module, PeftModel, dict]:
+def prepared(tuner: str, **fields: Any) -> tuple[nn.Module, PeftModel, dict]:
     """A base model, a copy of it with a random adapter, and inputs."""
     base = TINY.make()
-    model = randomize_adapters(get_peft_model(copy.deepcopy(base), config_of(tuner, **fields))).eval()
-    return base, model, TINY.inputs()
-
-
-def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return base, adapted(copy.deepcopy(base), config_of(tuner, **fields)), TINY.inputs()
 
 
 @every_tuner
@@ -72,7 +68,7 @@ def test_the_new_adapter_changes_nothing(tuner):
 
 @every_tuner
 def test_only_adapter_weights_train(tuner):
-    _, model, inputs = adapted(tuner)
+    _, model, inputs = prepared(tuner)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1)
@@ -87,7 +83,7 @@ def test_only_adapter_weights_train(tuner):
 
 @every_tuner
 def test_the_checkpoint_holds_each_parameter_once_and_nothing_of_the_base(tuner, tmp_path):
-    _, model, _ = adapted(tuner)
+    _, model, _ = prepared(tuner)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     parameters = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
@@ -101,7 +97,7 @@ def test_the_checkpoint_holds_each_parameter_once_and_nothing_of_the_base(tuner,
 
 @every_tuner
 def test_saved_adapters_load_with_the_same_output(tuner, tmp_path):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     model.save_pretrained(tmp_path)
     expected = output_of(model, inputs)
     config = PeftConfig.from_pretrained(tmp_path)
@@ -116,10 +112,10 @@ def test_saved_adapters_load_with_the_same_output(tuner, tmp_path):
 
 @every_tuner
 def test_auto_classes_load_the_adapter(tuner, tmp_path):
-    base, _, inputs = adapted(tuner)
+    base, _, inputs = prepared(tuner)
     base.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = randomize_adapters(get_peft_model(base, config_of(tuner, task_type="CAUSAL_LM"))).eval()
+    model = adapted(base, config_of(tuner, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert relative_error(output_of(loaded, inputs), output_of(model, inputs)) < MODEL64
@@ -127,7 +123,7 @@ def test_auto_classes_load_the_adapter(tuner, tmp_path):
 
 @every_tuner
 def test_merging_adds_the_delta_weights_and_unmerging_removes_them(tuner):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     expected = output_of(model, inputs)
     weights = {name: layer.get_base_layer().weight.clone() for name, layer in tuner_layers(model).items()}
     deltas = {name: layer.get_delta_weight("default") for name, layer in tuner_layers(model).items()}
@@ -151,7 +147,7 @@ def test_merging_adds_the_delta_weights_and_unmerging_removes_them(tuner):
 
 @every_tuner
 def test_broken_adapters_are_not_merged_safely(tuner):
-    _, model, _ = adapted(tuner)
+    _, model, _ = prepared(tuner)
     for broken in (float("nan"), float("inf")):
         for name, p in model.named_parameters():
             if "layers.1." in name and p.requires_grad:
@@ -163,7 +159,7 @@ def test_broken_adapters_are_not_merged_safely(tuner):
 
 @every_tuner
 def test_disabling_gives_the_base_model(tuner):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     expected = output_of(model, inputs)
     with model.disable_adapter():
         assert torch.equal(output_of(model, inputs), output_of(base, inputs))
@@ -175,7 +171,7 @@ SAME_FAMILY = [(a, b) for a in TUNERS for b in TUNERS if a.split("-")[0] == b.sp
 
 @pytest.mark.parametrize(("tuner", "other"), SAME_FAMILY)
 def test_adapters_can_be_added_switched_and_deleted(tuner, other):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     alone = randomize_adapters(
         get_peft_model(copy.deepcopy(base), config_of(other, r=2, target_modules=["q_proj", "down_proj"])), seed=7
     ).eval()
@@ -196,12 +192,12 @@ def test_adapters_can_be_added_switched_and_deleted(tuner, other):
 
 @every_tuner
 def test_two_active_adapters_merge_to_the_sum(tuner):
-    base, model, _ = adapted(tuner)
+    base, model, _ = prepared(tuner)
     model.add_adapter("second", config_of(tuner, r=2, target_modules=["q_proj", "down_proj"]))
     randomize_adapters(model, seed=9)
     deltas = {
         name: sum(layer.get_delta_weight(a) for a in layer._get_available_adapters())
-        for name, layer in tuner_layers(model.get_base_model()).items()
+        for name, layer in tuner_layers(model).items()
     }
     merged = model.merge_and_unload(adapter_names=["default", "second"])
     for name, delta in deltas.items():
@@ -212,13 +208,13 @@ def test_two_active_adapters_merge_to_the_sum(tuner):
 @every_tuner
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast_stay_close(tuner, dtype):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     base, model = base.float(), model.float()
     tolerance = half_rounding(120, dtype)  # in each of four layers about 30 operations after each other
     expected = output_of(model, inputs)
     with torch.autocast("cpu", dtype):
         assert relative_error(output_of(model, inputs), expected) < tolerance
-    half = randomize_adapters(get_peft_model(base.to(dtype), config_of(tuner))).eval()
+    half = adapted(base.to(dtype), config_of(tuner))
     assert relative_error(output_of(half, inputs), expected) < tolerance
     if tuner in MERGES_EXACTLY:
         assert relative_error(output_of(half.merge_and_unload(), inputs), expected) < tolerance
@@ -227,23 +223,20 @@ def test_half_precision_and_autocast_stay_close(tuner, dtype):
 @every_tuner
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_keeps_the_gradient(tuner, use_reentrant):
-    _, model, inputs = adapted(tuner)
+    _, model, inputs = prepared(tuner)
     model.train()
     model.enable_input_require_grads()
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for candidate in (model, checkpointed):
         output_of(candidate, inputs).square().mean().backward()
-    found, expected = (
-        {name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (checkpointed, model)
-    )
-    assert_gradients_close(found, expected)
+    assert_gradients_close(gradients(checkpointed), gradients(model))
 
 
 @every_tuner
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_compute_the_same_on_their_own(tuner, duplicate):
-    _, model, inputs = adapted(tuner)
+    _, model, inputs = prepared(tuner)
     expected = output_of(model, inputs)
     twin = duplicate(model)
     for p in model.parameters():
@@ -254,7 +247,7 @@ def test_copies_compute_the_same_on_their_own(tuner, duplicate):
 @every_tuner
 def test_injection_without_a_tuner_around_it(tuner):
     """As diffusers and transformers do it."""
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     injected = inject_adapter_in_model(config_of(tuner), copy.deepcopy(base)).eval()
     set_peft_model_state_dict(injected, get_peft_model_state_dict(model))
     assert relative_error(output_of(injected, inputs), output_of(model, inputs)) < MODEL64
@@ -264,7 +257,7 @@ def test_injection_without_a_tuner_around_it(tuner):
 
 @every_tuner
 def test_transformers_adds_and_loads_the_adapter(tuner, tmp_path):
-    base, model, inputs = adapted(tuner)
+    base, model, inputs = prepared(tuner)
     added = copy.deepcopy(base)
     added.add_adapter(config_of(tuner))
     randomize_adapters(added)
@@ -285,9 +278,8 @@ def test_fields_that_lora_users_know_work(tuner, tmp_path):
         "exclude_modules": ["k_proj"],
         "rank_pattern": {} if "middle" in tuner else {"q_proj": 2},
     }
-    base, model, inputs = adapted(tuner, **fields)
-    names = {name.removeprefix("base_model.model.") for name in tuner_layers(model)}
-    assert names == {
+    base, model, inputs = prepared(tuner, **fields)
+    assert set(tuner_layers(model)) == {
         name
         for name, module in base.named_modules()
         if name.split(".")[-1] in set(TINY.targets) - {"k_proj"} and "layers.3" not in name
@@ -300,7 +292,7 @@ def test_fields_that_lora_users_know_work(tuner, tmp_path):
 
 @pytest.mark.parametrize("tuner", [name for name in TUNERS if name.startswith("reslora")])
 def test_trainable_tokens_work(tuner, tmp_path):
-    base, model, inputs = adapted(tuner, trainable_token_indices={"embed_tokens": [3, 5]})
+    base, model, inputs = prepared(tuner, trainable_token_indices={"embed_tokens": [3, 5]})
     for name, p in model.named_parameters():
         if "trainable_tokens_delta" in name:
             p.data.add_(0.5)
@@ -312,14 +304,14 @@ def test_trainable_tokens_work(tuner, tmp_path):
 
 @every_tuner
 def test_peft_converts_it_to_lora_rightly(tuner):
-    _, model, _ = adapted(tuner)
+    _, model, _ = prepared(tuner)
     _, state = convert_to_lora(model, rank=12)  # the smaller side of k_proj and v_proj
     for name, layer in tuner_layers(model).items():
         delta = layer.get_delta_weight("default")
         U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         best = (U[:, :12] * S[:12]) @ Vh[:12]
-        converted = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
-        assert relative_error(converted, best) < rounding(delta.numel())  # PEFT's SVD is in float32
+        A, B = (state[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        assert relative_error(B @ A, best) < rounding(delta.numel())  # PEFT's SVD is in float32
 
 
 WITHOUT_PLUGIN = """
@@ -344,7 +336,7 @@ def test_exports_load_where_the_plugin_is_not_imported(tmp_path):
     TINY.make().save_pretrained(tmp_path / "base")
     expected = {}
     for tuner in TUNERS:
-        _, model, _ = adapted(tuner, task_type="CAUSAL_LM")
+        _, model, _ = prepared(tuner, task_type="CAUSAL_LM")
         full_rank = tuner in ("mora-decoupling", "mora-rotation")
         options = {"energy": 1.0} if full_rank else {}
         if full_rank:

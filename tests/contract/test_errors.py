@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
+from helpers.adapters import base_and_adapted
 from helpers.oracle import relative_error
 from helpers.tiny_models import TINY_MODELS, llama, output_of
 from helpers.tolerances import rounding
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_forward import adapted
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
@@ -106,7 +106,7 @@ def test_a_layer_class_that_ignores_variants_is_refused_by_name():
 
 
 def saved(tmp_path, shortcut: str = "input"):
-    _, model = adapted("llama", shortcut, 1)
+    _, model = base_and_adapted("llama", shortcut, 1)
     model.save_pretrained(tmp_path)
     return tmp_path / "adapter_model.safetensors"
 
@@ -139,7 +139,7 @@ def test_checkpoints_that_do_not_fit_are_refused(change, message, tmp_path):
     rewrite(saved(tmp_path), change)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(llama(), tmp_path)
-    _, model = adapted("llama", "block", 1)
+    _, model = base_and_adapted("llama", "block", 1)
     with pytest.raises(ValueError, match=message.replace("default", "second")):
         model.load_adapter(tmp_path, adapter_name="second")
 
@@ -164,7 +164,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 
 def test_another_peft_type_cannot_be_loaded_beside(tmp_path):
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    _, model = adapted("llama", "block", 1)
+    _, model = base_and_adapted("llama", "block", 1)
     with pytest.raises(ValueError, match="RESLORA"):
         model.load_adapter(tmp_path, adapter_name="second")
 

@@ -7,16 +7,15 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from helpers.repository import ROOT
 from helpers.support import support_table
 from helpers.tiny_models import TINY_MODELS
 
 from peft_reslora import ResLoRAModel
 
-ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
 
@@ -36,7 +35,7 @@ def test_the_first_block_is_the_main_job_and_the_tests():
         assert extra in setup["options.extras_require"]
 
 
-def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, monkeypatch, command_line):
+def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     swift, axolotl = stand_ins(monkeypatch)
     namespace: dict = {}
@@ -44,10 +43,10 @@ def test_the_python_blocks_run_in_order_and_the_commands_after_them(tmp_path, mo
         if language == "python":
             exec(compile(block, "README.md", "exec"), namespace)
         elif language == "bash":
-            for command in commands(block):
-                program, *arguments = command.split()
+            for line in commands(block):
+                program, *arguments = line.split()
                 assert program == "peft-reslora"
-                assert command_line(arguments) == 0
+                assert command(*arguments).code == 0
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "lora-from-files" / "adapter_model.safetensors").is_file()
     arguments = SimpleNamespace(lora_rank=4, lora_alpha=8)
@@ -92,6 +91,6 @@ def test_the_checks_of_ci_are_in_the_test_extra():
         assert re.search(rf"^{program}\b", installed, re.M)
 
 
-@pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/step_time.py", "LICENSE"])
+@pytest.mark.parametrize("path", ["constraints.txt", "benchmarks/train_step.py", "LICENSE"])
 def test_the_files_it_speaks_of_exist(path):
     assert (ROOT / path).is_file()

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.engine_files_worker import SAVED, STEPS, TUNERS
+from helpers.engines import CONFIGS, ENGINES, LABELS, WORKERS, by_engine, environment, free_port, run_together
 from helpers.oracle import relative_error
 from helpers.tolerances import rounding
 from safetensors.torch import load_file
-from test_engines import CONFIGS, ENGINES, HERE, LABELS, _environment, _free_port, _run, by_engine
 
 from peft_reslora.shared.stamps import STAMP_NAMES
 
@@ -47,8 +47,8 @@ def trained(tmp_path_factory):
         if engine != "one":
             config = str(CONFIGS / f"{engine}.yaml")
             command += ["-m", "accelerate.commands.launch", "--config_file", config]
-            command += ["--main_process_port", str(_free_port())]
-        _run([([*command, str(HERE / "engine_files_worker.py"), str(folder)], _environment())])
+            command += ["--main_process_port", str(free_port())]
+        run_together([([*command, str(WORKERS / "engine_files_worker.py"), str(folder)], environment())])
         return folder
 
     return run

@@ -3,69 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.engine_worker import CASE_OF_EACH, CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
-from helpers.tolerances import MODEL64, assert_gradients_close, rounding
-
-ROOT = Path(__file__).parents[2]
-HERE = ROOT / "tests" / "helpers"
-CONFIGS = ROOT / "configs" / "accelerate"
-LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
-ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # accelerate's names
-
-
-def by_engine(kind: str, engines: Iterable[str]) -> list[Any]:
-    """Parameters for the tests of engines; those of one engine run in one worker, which starts its processes once."""
-    return [pytest.param(e, marks=[pytest.mark.xdist_group(f"{kind} {e}"), pytest.mark.slow]) for e in engines]
-
+from helpers.engines import CONFIGS, ENGINES, LABELS, WORKERS, by_engine, environment, free_port, run_together
+from helpers.gradients import assert_gradients_close
+from helpers.tolerances import MODEL64, rounding
 
 DIRECT = by_engine("direct", LABELS)
 LAUNCHED = by_engine("launched", ENGINES)
-
-
-def _environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _run(commands: list[tuple[list[str], dict[str, str]]]) -> None:
-    processes = [
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        for command, env in commands
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has launched
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +25,10 @@ def run_engine(tmp_path_factory):
         if engine.startswith("zero") or engine == "each":
             pytest.importorskip("deepspeed")
         output = tmp_path_factory.mktemp(engine) / "results.pt"
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-        command = [sys.executable, str(HERE / "engine_worker.py"), engine, str(output)]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(WORKERS / "engine_worker.py"), engine, str(output)]
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        _run([(command, {**_environment(), **where, **rank}) for rank in ranks])
+        run_together([(command, {**environment(), **where, **rank}) for rank in ranks])
         return torch.load(output)
 
     return run
@@ -104,12 +52,12 @@ def launch(tmp_path_factory):
         ]
         command += [
             "--main_process_port",
-            str(_free_port()),
-            str(HERE / "engine_worker.py"),
+            str(free_port()),
+            str(WORKERS / "engine_worker.py"),
             "accelerate",
             str(output),
         ]
-        _run([(command, _environment())])
+        run_together([(command, environment())])
         return torch.load(output)
 
     return run

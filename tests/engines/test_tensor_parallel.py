@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from helpers.engines import WORKERS, environment, free_port, run_together
 from helpers.tiny_models import TINY_MODELS
-from test_engines import HERE, _environment, _free_port, _run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tensor parallel")]
 ROW = "tensor parallelism of transformers (training: layers that LoRA trains there)"
@@ -17,9 +17,16 @@ ROW = "tensor parallelism of transformers (training: layers that LoRA trains the
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
     TINY_MODELS["llama"].make().save_pretrained(folder / "base")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(HERE / "tensor_parallel_worker.py"), str(folder / "base"), str(folder / "results")]
-    _run([(command, {**_environment(), **where, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [
+        sys.executable,
+        str(WORKERS / "tensor_parallel_worker.py"),
+        str(folder / "base"),
+        str(folder / "results"),
+    ]
+    run_together(
+        [(command, {**environment(), **where, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    )
     return torch.load(folder / "results")
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import adapted
+from helpers.oracle import randomize_adapters, relative_error
 from helpers.tolerances import rounding
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -42,23 +43,13 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
         return model(sample, torch.tensor([7]), encoder_hidden_states=context).sample
 
 
-def randomise(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for name, parameter in layer.named_parameters():
-                if "base_layer" not in name:
-                    parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
-
-
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((actual - expected).norm() / expected.norm()) < rounding(unet())
+    assert relative_error(actual, expected) < rounding(unet())
 
 
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    model = get_peft_model(unet(), LoHaConfig(r=2, alpha=3, **CONFIG)).eval()
-    randomise(model)
+    model = adapted(unet(), LoHaConfig(r=2, alpha=3, **CONFIG))
     save_as_lora(tmp_path / "lora", model, base_model=unet())
     assert float((outputs(unet()) - outputs(model)).norm()) > 1e-2
     return tmp_path / "lora", outputs(model)
@@ -105,7 +96,7 @@ def test_the_pipelines_file_has_its_names_and_no_metadata(exported: tuple[Path, 
 def test_an_adapter_added_by_diffusers_is_exported(tmp_path: Path) -> None:
     model = unet()
     model.add_adapter(LoraConfig(r=3, **CONFIG))
-    randomise(model)
+    randomize_adapters(model)
     export = save_as_lora(tmp_path / "lora", model)
     assert export.config.target_modules == {"to_q", "to_v", "to_out.0"}
     assert export.diffusers_prefix == "unet"
@@ -145,8 +136,8 @@ def pipeline(**models: torch.nn.Module) -> object:
 
 
 def assert_same_effect(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
-    assert float((expected - base).norm() / base.norm()) > 1e-2
-    assert float((actual - expected).norm() / (expected - base).norm()) < 1e-4
+    assert relative_error(expected, base) > 1e-2
+    assert relative_error(actual - base, expected - base) < 1e-4
 
 
 TUNERS = {
@@ -158,7 +149,7 @@ TUNERS = {
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_text_encoder_loads_in_a_pipeline(tuner: str, tmp_path: Path) -> None:
     model = get_peft_model(text_encoder(), TUNERS[tuner]()).eval()
-    randomise(model)
+    randomize_adapters(model)
     export = save_as_lora(tmp_path / "lora", model, base_model=text_encoder())
     loaded = pipeline(unet=unet(), text_encoder=text_encoder())
     loaded.load_lora_weights(tmp_path / "lora")
@@ -171,8 +162,8 @@ def test_a_text_encoder_loads_in_a_pipeline(tuner: str, tmp_path: Path) -> None:
 def test_unet_and_text_encoder_load_from_one_file(tmp_path: Path) -> None:
     encoder = get_peft_model(text_encoder(), TUNERS["block"]()).eval()
     model = get_peft_model(unet(), ResLoRAConfig(r=3, shortcut="block", **CONFIG)).eval()
-    randomise(encoder)
-    randomise(model)
+    randomize_adapters(encoder)
+    randomize_adapters(model)
     exports = {"unet": export_lora(model), "text_encoder": export_lora(encoder)}
     save_for_pipeline(tmp_path / "lora", exports)
     loaded = pipeline(unet=unet(), text_encoder=text_encoder())
@@ -191,7 +182,7 @@ def test_unet_and_text_encoder_load_from_one_file(tmp_path: Path) -> None:
 def test_the_second_text_encoder_of_sdxl_has_its_own_name(tmp_path: Path) -> None:
     encoders = [get_peft_model(text_encoder(projection), TUNERS["mora"]()).eval() for projection in (False, True)]
     for model in encoders:
-        randomise(model)
+        randomize_adapters(model)
     first, second = map(export_lora, encoders)
     assert second.diffusers_prefix.split(".")[0] == "text_encoder_2"
     save_for_pipeline(tmp_path / "lora", {"text_encoder": first, "text_encoder_2": second})
@@ -226,7 +217,7 @@ def test_savers_of_plain_lora_are_refused_before_they_write(tuner: str, tmp_path
     model, config = unet(), TUNERS[tuner]()
     config.target_modules = set(CONFIG["target_modules"])
     model.add_adapter(config)
-    randomise(model)
+    randomize_adapters(model)
     with pytest.raises(ValueError, match=r"save_lora_adapter.*save_as_lora"):
         model.save_lora_adapter(tmp_path / "lora")
     with pytest.raises(ValueError, match=r"_collate_lora_metadata.*save_as_lora"):

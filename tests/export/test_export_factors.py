@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from peft_reslora.export.factors import Factors, KroneckerFactors, factorise, relative_error, truncate
-from peft_reslora.export.fitting import RANKS, Fit
+from peft_reslora.export.factors import Factors, KroneckerFactors, factorize
+from peft_reslora.export.fitting import RANKS, Fit, relative_error, truncate
 from peft_reslora.export.targets import linear_shape, missing_partners, module_type, named_base_modules, target_names
 
 
@@ -93,7 +93,7 @@ def test_a_kronecker_product_is_torchs() -> None:
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3), (4, 4)])
 def test_a_full_matrix_is_factorised_on_its_smaller_side(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape)
-    A, B = factorise(matrix)
+    A, B = factorize(matrix)
     assert A.shape[0] == min(shape)
     assert torch.equal(B @ A, matrix)
 

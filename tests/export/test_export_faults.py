@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import adapted
+from helpers.calibration import record_norms
+from helpers.exports import CAUSAL, IDS, UP_DOWN, llama, net, outputs
+from helpers.oracle import relative_error
+from helpers.tolerances import EPS
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
-from test_export import IDS, UP_DOWN, adapted, llama, net, outputs, relative
 from torch import nn
 from torch.ao.quantization import QuantWrapper
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -34,7 +38,6 @@ from peft_reslora.training.annealing import anneal_shortcuts
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The LoRA has r=", "ignore:The base model of the LoRA", "ignore::FutureWarning"
 )
-CAUSAL = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lora": lambda **fields: LoraConfig(r=3, lora_alpha=5, **fields),
     "block": lambda **fields: ResLoRAConfig(r=2, shortcut="block", pre_num=-1, **fields),
@@ -49,7 +52,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "twice": lambda block: torch.compile(checkpoint_wrapper(block), backend="eager"),
 }
 # Rounding of a float32 forward through a few layers; what went wrong was off by tenths.
-CLOSE = 100 * torch.finfo(torch.float32).eps
+CLOSE = 100 * EPS
 
 
 @pytest.fixture
@@ -82,8 +85,8 @@ def test_wrapped_blocks_export_under_the_bare_models_names(
     bare = export_lora(adapted(net(), CONFIGS[tuner](target_modules=UP_DOWN)))  # the same factors, and the same chains
     assert all(torch.equal(export.state_dict[key], tensor) for key, tensor in bare.state_dict.items())
     loaded = PeftModel.from_pretrained(net(), tmp_path / "lora").eval()
-    assert relative(outputs(loaded) - outputs(net()), effect) < CLOSE
-    assert relative(outputs(loaded), expected) < CLOSE
+    assert relative_error(outputs(loaded) - outputs(net()), effect) < CLOSE
+    assert relative_error(outputs(loaded), expected) < CLOSE
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
@@ -175,8 +178,8 @@ def test_an_update_of_another_shape_than_its_layer_is_refused() -> None:
 @pytest.mark.parametrize("share", [None, 0.5, 1.0])
 def test_each_layer_says_whether_its_merge_is_exact(shortcut: str, share: float | None, tmp_path: Path) -> None:
     config = ResLoRAConfig(r=2, shortcut=shortcut, **CAUSAL)
-    model = adapted(llama(), config).train()
-    model(IDS)
+    model = adapted(llama(), config)
+    record_norms(model, [{"input_ids": IDS}])
     if share is not None:
         anneal_shortcuts(model, share)
     model.eval().save_pretrained(tmp_path / "native")
@@ -192,7 +195,7 @@ def test_each_layer_says_whether_its_merge_is_exact(shortcut: str, share: float 
         assert ("estimated by" in card) == (share != 1.0)
     if share == 1.0:  # what it says is true
         loaded = PeftModel.from_pretrained(llama(), tmp_path / "model").eval()
-        assert relative(outputs(loaded) - outputs(llama()), outputs(model) - outputs(llama())) < 10 * CLOSE
+        assert relative_error(outputs(loaded) - outputs(llama()), outputs(model) - outputs(llama())) < 10 * CLOSE
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all")
@@ -204,30 +207,30 @@ def test_a_lone_layer_is_exact(shortcut: str, tmp_path: Path) -> None:
     export = save_as_lora(tmp_path / "lora", model, base_model=net())
     assert export.report.exact
     loaded = PeftModel.from_pretrained(net(), tmp_path / "lora").eval()
-    assert relative(outputs(loaded) - outputs(net()), outputs(model) - outputs(net())) < CLOSE
+    assert relative_error(outputs(loaded) - outputs(net()), outputs(model) - outputs(net())) < CLOSE
 
 
 # Weights that are shared or computed, new tokens
 
 
-def tied_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=11, num_hidden_layers=3, tie_word_embeddings=True, **sizes)).eval()
-
-
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Adapter 'default' has no shortcut")
 @pytest.mark.parametrize("tuner", CONFIGS)
 def test_a_tied_head_is_exported_for_use_beside_its_weight(tuner: str, tmp_path: Path) -> None:
-    base = tied_llama()
+    base = llama(tie_word_embeddings=True)
     assert base.lm_head.weight is base.model.embed_tokens.weight
     model = adapted(base, CONFIGS[tuner](target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
     with pytest.warns(UserWarning, match=r"'lm_head' shares its weight with 'model\.embed_tokens'.*do not merge"):
-        export = save_as_lora(tmp_path / "lora", model, base_model=tied_llama())
+        export = save_as_lora(tmp_path / "lora", model, base_model=llama(tie_word_embeddings=True))
     assert export.report.tied == {"lm_head": "model.embed_tokens"}
     assert "do not merge it in" in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
-    loaded = PeftModel.from_pretrained(tied_llama(), tmp_path / "lora").eval()
-    assert relative(outputs(loaded) - outputs(tied_llama()), outputs(model) - outputs(tied_llama())) < CLOSE
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "lora").eval()
+    assert (
+        relative_error(
+            outputs(loaded) - outputs(llama(tie_word_embeddings=True)),
+            outputs(model) - outputs(llama(tie_word_embeddings=True)),
+        )
+        < CLOSE
+    )
 
 
 @pytest.mark.parametrize("tuner", CONFIGS)
@@ -242,7 +245,7 @@ def test_an_update_beside_a_computed_weight_is_exported(tuner: str, tmp_path: Pa
     save_as_lora(tmp_path / "lora", model, base_model=computed())
     for base in (computed(), net()):  # the update goes beside the weight, however that is made
         loaded = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
-        assert relative(outputs(loaded) - outputs(net()), outputs(model) - outputs(net())) < CLOSE
+        assert relative_error(outputs(loaded) - outputs(net()), outputs(model) - outputs(net())) < CLOSE
 
 
 @pytest.mark.parametrize("tuner", ["lora", "block"])
@@ -441,7 +444,9 @@ def test_mora_files_give_what_the_model_gives(
             continue
         B = key.replace("lora_A", "lora_B")
         assert (
-            relative(actual.state_dict[B] @ actual.state_dict[key], expected.state_dict[B] @ expected.state_dict[key])
+            relative_error(
+                actual.state_dict[B] @ actual.state_dict[key], expected.state_dict[B] @ expected.state_dict[key]
+            )
             < CLOSE
         )
     actual.save_pretrained(tmp_path / "lora", llama())

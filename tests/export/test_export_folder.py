@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_reslora.shared import folders as folder
-from peft_reslora.shared.folders import replaced_folder
+from peft_reslora.shared import files as folder
+from peft_reslora.shared.files import replaced_folder
 
 NAMES = ("one", "two")
 
@@ -125,7 +125,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from peft_reslora.export import export_lora, folder
+from peft_reslora.export import export_lora
+from peft_reslora.shared import files as folder
 
 def rounds(target, at_once):
     exports[0].save_pretrained(target)

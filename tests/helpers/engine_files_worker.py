@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.engine_worker import build, start_accelerate
+from helpers.training import losses_of
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -57,10 +58,6 @@ def trainer(tuner: str, folder: Path, processes: int) -> Trainer:
     return run
 
 
-def losses_of(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
 def attempts(model: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
     """What users call on a trained model, all of which has to be right or to be refused."""
     batches = [{"input_ids": torch.stack([row["input_ids"] for row in rows()])}]
@@ -68,7 +65,7 @@ def attempts(model: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
         "save_pretrained": lambda: model.save_pretrained(folder / "saved"),
         "export_lora": lambda: export_lora(model, rank=24).save_pretrained(folder / "exported"),
         "save_as_lora": lambda: save_as_lora(folder / "as_lora", model, rank=24),
-        "calibrate_merge": lambda: calibrate_merge(model, batches, progress=False),
+        "calibrate_merge": lambda: calibrate_merge(model, batches, progressbar=False),
         "merge_report": lambda: merge_report(model, batches),
         "merge_adapter": lambda: model.merge_adapter(),
     }

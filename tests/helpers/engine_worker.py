@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.oracle import randomize_adapters
+from helpers.adapters import adapted
 from helpers.tiny_models import TINY_MODELS
-from peft import get_peft_model
 from torch import nn
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
@@ -48,7 +47,7 @@ def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
     name, pre_num = tuner
     fields: dict[str, Any] = {"r": 3, "target_modules": TINY_MODELS["llama"].targets}
     config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=name, pre_num=pre_num)
-    model = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make().double(), config)).train()
+    model = adapted(TINY_MODELS["llama"].make().double(), config).train()
     model.enable_input_require_grads()
     if (use_reentrant := CHECKPOINTING[checkpointing]) is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})

@@ -12,6 +12,7 @@ from torch import nn
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 Mask = Callable[[str, torch.Tensor], torch.Tensor]
+_FACTOR = re.compile(r"\.(lora|mora|hada|lokr|fourierft)_")  # of LoRA, AdaLoRA, ours, LoHa, LoKr and FourierFT
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -27,7 +28,7 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
     """Give every adapter parameter a random value of a size that matters but does not blow up."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".mora_" in name:
+        if _FACTOR.search(name):
             scale = 0.5 / parameter.shape[-1] ** 0.5
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model

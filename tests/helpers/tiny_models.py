@@ -22,6 +22,17 @@ from transformers import (
 )
 
 
+class Block(nn.Module):
+    """Two linear layers with a way around them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """How to build a model and inputs for it, and which of its layers to adapt."""
@@ -33,6 +44,9 @@ class TinyModel:
     def make(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         return self.build().eval()
+
+    def batches(self, count: int) -> list[dict[str, Any]]:
+        return [self.inputs() for _ in range(count)]
 
 
 def _tokens(length: int = 7, vocabulary: int = 53) -> torch.Tensor:
@@ -53,6 +67,25 @@ def llama() -> nn.Module:
         initializer_range=0.2,  # activations of order one, so that float32 rounding stays below the tolerances
     )
     return LlamaForCausalLM(config)
+
+
+NARROW_IDS = torch.tensor([[5, 3, 9, 1, 2], [4, 4, 1, 7, 6]])
+
+
+def narrow_llama(layers: int = 3, **fields: Any) -> LlamaForCausalLM:
+    """A smaller one, always with the same weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        vocab_size=17,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        **fields,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def gpt2() -> nn.Module:
@@ -145,6 +178,7 @@ TINY_MODELS: dict[str, TinyModel] = {
     "vit": TinyModel(vit, lambda: {"pixel_values": torch.randn(2, 3, 8, 8)}, ["q_proj", "k_proj", "v_proj", "fc1"]),
     "unet": TinyModel(unet, _unet_inputs, ["to_q", "to_k", "to_v", "to_out.0"]),
 }
+LLAMA_INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().manual_seed(0))}
 
 
 def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -19,13 +19,13 @@ gradients of models keep to `MODEL64`.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
+EPS = torch.finfo(torch.float32).eps
 FLOAT64 = 1e-10
-MODEL64 = torch.finfo(torch.float32).eps
+MODEL64 = EPS
 
 
 def rounding(terms: int | nn.Module, dtype: torch.dtype | None = None) -> float:
@@ -48,21 +48,3 @@ def half_rounding(steps: int, dtype: torch.dtype) -> float:
     most eps / 2, and independent ones add up as their squares do. Twice that, since they are not quite independent.
     """
     return math.sqrt(steps) * torch.finfo(dtype).eps
-
-
-def assert_gradients_close(
-    actual: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor], terms: int = 3_000, bound: float = MODEL64
-) -> None:
-    """Each gradient by its relative error: within `bound` if both are float64, else within the rounding of so many
-    terms (those of the tiny models: forward, backward, and the sum over tokens).
-
-    A gradient that is small because large terms cancel has no more digits than they have: below a thousandth of the
-    largest gradient, the error counts relative to that.
-    """
-    assert actual.keys() == expected.keys()
-    largest = max(float(grad.norm()) for grad in expected.values())
-    assert largest > 0, "all gradients are zero: the comparison would show nothing"
-    for name, grad in expected.items():
-        double = actual[name].dtype == grad.dtype == torch.float64
-        error = float((actual[name].double() - grad.double()).norm())
-        assert error <= (bound if double else rounding(terms)) * max(float(grad.norm()), 1e-3 * largest), name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.repository import ROOT
 from helpers.tolerances import rounding
 from safetensors.torch import load_file
 
@@ -23,7 +24,6 @@ from peft_reslora.recipes.stdlib_docstrings import (
 )
 from peft_reslora.recipes.training import Run, Task, tabulate
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = "one two three four five six seven"
 
 
@@ -230,6 +230,13 @@ def test_nothing_is_touched_where_the_weights_are_missing(tmp_path: Path, monkey
 
     monkeypatch.setattr(quickstart, "find_weights", missing)
     with pytest.raises(ValueError, match="no weights"):
+        quickstart.run_quickstart(tmp_path / "out", "block", 1, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_touched_where_matplotlib_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"Drawing needs matplotlib: pip install 'peft_reslora\[demo\]'"):
         quickstart.run_quickstart(tmp_path / "out", "block", 1, 0)
     assert not (tmp_path / "out").exists()
 

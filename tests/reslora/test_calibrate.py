@@ -7,36 +7,24 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapters import ESTIMATED, base_and_adapted
+from helpers.calibration import batches_of, divergence, log_probabilities, record_norms
 from helpers.oracle import chains_by_block, randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, llama, output_of, t5
 from helpers.tolerances import FLOAT64, MODEL64, rounding
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from test_forward import adapted
-from test_merge import record_norms
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reslora import ResLoRAConfig
 from peft_reslora.reslora import calibrate_merge, merge_report
 from peft_reslora.reslora.merging.calibrate import RIDGES, Moments, choose_ridge, residual, ridge_regression
-from peft_reslora.reslora.merging.estimators import merged_factors_from_state_dict
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATE = rounding(40)  # sums over tokens are float64, the solution is stored in float32
-ESTIMATED = [("input", 1), ("middle", 1), ("middle", 2), ("middle", -1)]
-
-
-def batches_of(count: int = 4, size: int = 4, length: int = 9, pad: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Batches of random tokens whose sequences end in 0 to 3 tokens of padding with id `pad`."""
-    generator = torch.Generator().manual_seed(5)
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(1, 53, (size, length), generator=generator)
-        mask = torch.arange(length) < length - torch.arange(size)[:, None] % 4
-        batches.append({"input_ids": ids.where(mask, pad), "attention_mask": mask.long()})
-    return batches
 
 
 def dense_estimates(
@@ -82,7 +70,7 @@ def estimate_of(model: nn.Module, name: str, adapter: str = "default") -> torch.
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 @pytest.mark.parametrize("max_memory", [2**30, 1])
 def test_estimates_are_those_of_a_dense_least_squares(shortcut, pre_num, max_memory):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     batches = batches_of()
     expected = dense_estimates(model, batches, shortcut, pre_num, 1e-2)
     fits = calibrate_merge(model, iter(batches), ridge=1e-2, max_memory=max_memory)
@@ -95,20 +83,10 @@ def test_estimates_are_those_of_a_dense_least_squares(shortcut, pre_num, max_mem
         assert relative_error(layer.get_delta_weight("default"), merged) < ESTIMATE
 
 
-def divergence(model: nn.Module, expected: torch.Tensor, batches: list[dict[str, torch.Tensor]]) -> float:
-    return float(F.kl_div(log_probabilities(model, batches), expected, log_target=True, reduction="batchmean"))
-
-
-@torch.no_grad()
-def log_probabilities(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    kept = [model(**batch).logits[batch["attention_mask"].bool()] for batch in batches]
-    return torch.cat(kept).double().log_softmax(-1)
-
-
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 def test_least_squares_beats_the_other_estimators_on_other_data(shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num)
-    record_norms(model, "llama")
+    _, model = base_and_adapted("llama", shortcut, pre_num)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     batches = batches_of(24)
     calibrate_merge(model, batches[:20])
     expected = log_probabilities(model, batches[20:])
@@ -137,7 +115,7 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_out_sequences():
 
 
 def test_a_given_ridge_is_used_on_all_tokens():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     errors = [calibrate_merge(model, batches_of(), ridge=ridge) for ridge in (1e-3, 1e-1, 10.0)]
     for name in errors[0]:
         assert [fits[name].ridge for fits in errors] == [1e-3, 1e-1, 10.0]
@@ -146,7 +124,7 @@ def test_a_given_ridge_is_used_on_all_tokens():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_does_not_matter(side):
-    _, model = adapted("bert", "input", 1)
+    _, model = base_and_adapted("bert", "input", 1)
     batches = batches_of()
     if side == "left":
         batches = [{name: value.flip(1) for name, value in batch.items()} for batch in batches]
@@ -182,7 +160,7 @@ def hooks_of(model: nn.Module) -> list[dict]:
 
 
 def test_the_model_is_left_as_it_came():
-    _, model = adapted("llama", "middle", -1)
+    _, model = base_and_adapted("llama", "middle", -1)
     model.train()
     model.get_base_model().model.layers[1].eval()
     modes, hooks = [module.training for module in model.modules()], hooks_of(model)
@@ -197,7 +175,7 @@ def test_the_model_is_left_as_it_came():
 
 
 def test_a_failed_calibration_leaves_no_trace():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     hooks = hooks_of(model)
     with pytest.raises(ValueError, match="input_ids"):
         calibrate_merge(model, [*batches_of(), {"nonsense": torch.ones(1)}])
@@ -208,7 +186,7 @@ def test_a_failed_calibration_leaves_no_trace():
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
 def test_saved_estimates_merge_after_loading_and_from_the_files_alone(shortcut, pre_num, tmp_path):
-    base, model = adapted("llama", shortcut, pre_num)
+    base, model = base_and_adapted("llama", shortcut, pre_num)
     calibrate_merge(model, batches_of())
     model.save_pretrained(tmp_path)
     inputs = TINY_MODELS["llama"].inputs()
@@ -216,10 +194,9 @@ def test_saved_estimates_merge_after_loading_and_from_the_files_alone(shortcut, 
     beside = get_peft_model(copy.deepcopy(base), ResLoRAConfig(target_modules=["q_proj"]), adapter_name="other")
     beside.load_adapter(tmp_path, adapter_name="default")
     beside.set_adapter("default")
-    pairs = merged_factors_from_state_dict(
-        model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
-    )
-    for name, (A, B) in pairs.items():
+    merges = merges_from_state_dict(model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors"))
+    for name, (merge, position) in merges.items():
+        A, B = merge.factors(position)
         delta = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
         assert relative_error(B @ A, delta) < FLOAT64
     expected = output_of(model.merge_and_unload(), inputs)
@@ -228,7 +205,7 @@ def test_saved_estimates_merge_after_loading_and_from_the_files_alone(shortcut, 
 
 
 def test_checkpoints_without_estimates_take_them_away_and_damaged_ones_are_refused(tmp_path):
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     before = get_peft_model_state_dict(model)
     calibrate_merge(model, batches_of())
     after = get_peft_model_state_dict(model)
@@ -243,15 +220,13 @@ def test_checkpoints_without_estimates_take_them_away_and_damaged_ones_are_refus
         with pytest.raises(ValueError, match=message):
             set_peft_model_state_dict(model, damaged)
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.1.*lora_shortcut has the shape \(2, 24\) instead of"):
-        merged_factors_from_state_dict(
-            model.peft_config["default"], {**after, f"{key}.lora_shortcut": torch.zeros(2, 24)}
-        )
+        merges_from_state_dict(model.peft_config["default"], {**after, f"{key}.lora_shortcut": torch.zeros(2, 24)})
     set_peft_model_state_dict(model, after)
     assert estimate_of(model, "model.layers.1.mlp.up_proj").any()
 
 
 def test_factors_that_changed_since_are_refused():
-    _, model = adapted("llama", "middle", 1)
+    _, model = base_and_adapted("llama", "middle", 1)
     calibrate_merge(model, batches_of())
     weight = model.get_base_model().model.layers[2].mlp.up_proj.lora_A["default"].weight
     with torch.no_grad():
@@ -266,7 +241,7 @@ def test_factors_that_changed_since_are_refused():
 
 
 def test_training_after_a_calibration_asks_for_another():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     calibrate_merge(model, batches_of())
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     batch = batches_of()[0]
@@ -279,7 +254,7 @@ def test_training_after_a_calibration_asks_for_another():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_estimates_survive_casts_in_float32(dtype):
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     calibrate_merge(model, batches_of())
     before = estimate_of(model, "model.layers.1.mlp.up_proj").clone()
     model.to(dtype)
@@ -288,7 +263,7 @@ def test_estimates_survive_casts_in_float32(dtype):
 
 
 def test_a_deleted_adapter_takes_its_estimates_along():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     model.add_adapter("second", ResLoRAConfig(target_modules=["q_proj"], shortcut="middle"))
     calibrate_merge(model, batches_of())
     model.delete_adapter("default")
@@ -296,7 +271,7 @@ def test_a_deleted_adapter_takes_its_estimates_along():
 
 
 def test_several_adapters_have_their_own_estimates():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     model.add_adapter("second", ResLoRAConfig(r=2, target_modules=["q_proj"], shortcut="middle"))
     randomize_adapters(model, seed=3)
     calibrate_merge(model, batches_of())
@@ -335,7 +310,7 @@ def _broken(model: nn.Module) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_calibrated_is_refused(shortcut, prepare, arguments, message):
-    _, model = adapted("llama", shortcut, 1, merge_estimator="weight_norm")
+    _, model = base_and_adapted("llama", shortcut, 1, merge_estimator="weight_norm")
     if prepare is not None:
         prepare(model)
     with pytest.raises(ValueError, match=message):
@@ -344,7 +319,7 @@ def test_what_cannot_be_calibrated_is_refused(shortcut, prepare, arguments, mess
 
 def test_the_progress_bar_counts_batches(capsys):
     model = randomize_adapters(get_peft_model(llama(), ResLoRAConfig(target_modules=["q_proj"], shortcut="input")))
-    calibrate_merge(model, batches_of(), progress=True)
+    calibrate_merge(model, batches_of(), progressbar=True)
     assert "4/4" in capsys.readouterr().err
 
 
@@ -376,7 +351,7 @@ def test_quantised_bases_are_calibrated_and_reported_without_a_change():
 
 
 def test_sharded_or_offloaded_factors_are_refused():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     model.get_base_model().model.layers[2].mlp.up_proj.lora_A.to("meta")
     with pytest.raises(
         ValueError, match=r"factors of layer 'model\.layers\.2\.mlp\.up_proj' are sharded or offloaded"

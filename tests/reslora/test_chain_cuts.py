@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.adapters import adapted
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -31,10 +32,9 @@ def lengths(model: nn.Module, adapter_name: str = "default") -> list[int]:
     return [len(chain.names) for chain in chains_of(model, adapter_name)]
 
 
-def adapted(base: nn.Module, *targets: str, **options) -> PeftModel:
+def linked(base: nn.Module, *targets: str, **options) -> PeftModel:
     """With random factors; targets that are not named are q_proj alone."""
-    config = ResLoRAConfig(r=3, target_modules=list(targets or ["q_proj"]), **options)
-    return randomize_adapters(get_peft_model(base, config))
+    return adapted(base, ResLoRAConfig(r=3, target_modules=list(targets or ["q_proj"]), **options))
 
 
 def lengths_in_files(folder) -> list[int]:
@@ -56,7 +56,7 @@ class Blocks(nn.Module):
 
 def test_a_layer_that_is_not_targeted_ends_a_chain_in_the_model_and_in_its_files(tmp_path):
     base = LLAMA.make()
-    model = adapted(copy.deepcopy(base), "q_proj", "up_proj", layers_to_transform=[0, 2, 3])
+    model = linked(copy.deepcopy(base), "q_proj", "up_proj", layers_to_transform=[0, 2, 3])
     assert model.peft_config["default"].chain_cuts == ["model.layers.2"]
     assert lengths(model) == [1, 1, 2, 2]
     (link, _) = describe_chains(model).missing
@@ -73,7 +73,7 @@ def test_a_layer_that_is_not_targeted_ends_a_chain_in_the_model_and_in_its_files
 
 
 def test_a_model_without_the_layer_between_links_and_keeps_no_cuts():
-    model = adapted(without_two_queries())
+    model = linked(without_two_queries())
     assert model.peft_config["default"].chain_cuts == []
     assert lengths(model) == [2]
 
@@ -81,7 +81,7 @@ def test_a_model_without_the_layer_between_links_and_keeps_no_cuts():
 def test_an_adapter_of_0_1_0_keeps_its_chains(tmp_path):
     """Its config has no `chain_cuts`; there, a gap in the block numbers ended a chain, whatever the model had."""
     base = without_two_queries()
-    adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
+    linked(copy.deepcopy(base)).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     del config["chain_cuts"], config["stamped"]
@@ -177,7 +177,7 @@ def test_chain_cuts_of_another_type_are_refused(cuts):
 
 
 def test_files_that_do_not_say_where_chains_end_are_refused(tmp_path):
-    adapted(LLAMA.make()).save_pretrained(tmp_path)
+    linked(LLAMA.make()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chain_cuts": "auto"}))
     with pytest.raises(ValueError, match="only the model tells where its chains end"):
@@ -280,7 +280,7 @@ def test_a_combination_of_adapters_that_link_in_different_ways_is_refused(layers
 
 
 def test_a_combination_that_would_lose_layers_is_refused():
-    model = adapted(LLAMA.make(), layers_to_transform=[0, 1])
+    model = linked(LLAMA.make(), layers_to_transform=[0, 1])
     model.add_adapter("b", ResLoRAConfig(r=3, target_modules=["q_proj"], layers_to_transform=[2, 3]))
     with pytest.raises(ValueError, match=r"different layers_to_transform, \[\[0, 1\], \[2, 3\]\]"):
         model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both", combination_type="cat")

@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 from helpers import oracle
+from helpers.adapters import adapted
 from helpers.hybrid_models import HYBRID_MODELS, hybrid_output
-from helpers.oracle import factors_of, randomize_adapters, relative_error, run_oracle
-from peft import PeftModel, get_peft_model
+from helpers.oracle import factors_of, relative_error, run_oracle
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,15 +42,12 @@ def chains_in_plain_words(name: str):
     return chains
 
 
-def adapted(name: str, shortcut: str, pre_num: int, **options) -> tuple[nn.Module, nn.Module]:
+def hybrid_and_adapted(name: str, shortcut: str, pre_num: int) -> tuple[nn.Module, nn.Module]:
     """The base model in float64, and a copy of it with an adapter of random factors."""
     hybrid = HYBRID_MODELS[name]
     base = hybrid.make().double()
-    config = ResLoRAConfig(
-        r=3, lora_alpha=4, target_modules=hybrid.targets, shortcut=shortcut, pre_num=pre_num, **options
-    )
-    model = get_peft_model(copy.deepcopy(base), config).double().eval()
-    return base, randomize_adapters(model)
+    config = ResLoRAConfig(r=3, lora_alpha=4, target_modules=hybrid.targets, shortcut=shortcut, pre_num=pre_num)
+    return base, adapted(copy.deepcopy(base), config).double()
 
 
 @pytest.mark.parametrize("name", HYBRID_MODELS)
@@ -70,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "shortcut", "pre_num"), CASES)
 def test_output_and_gradients_are_those_of_the_oracle(name, shortcut, pre_num, monkeypatch):
-    base, model = adapted(name, shortcut, pre_num)
+    base, model = hybrid_and_adapted(name, shortcut, pre_num)
     monkeypatch.setattr(oracle, "chains_by_block", chains_in_plain_words(name))
     torch.manual_seed(1)
     inputs = HYBRID_MODELS[name].inputs()
@@ -91,7 +89,7 @@ def test_output_and_gradients_are_those_of_the_oracle(name, shortcut, pre_num, m
 
 @pytest.mark.parametrize("name", HYBRID_MODELS)
 def test_files_and_loaded_adapters_have_the_same_chains(name, tmp_path):
-    base, model = adapted(name, "block", 1)
+    base, model = hybrid_and_adapted(name, "block", 1)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     config = loaded.peft_config["default"]
@@ -106,7 +104,7 @@ def test_files_and_loaded_adapters_have_the_same_chains(name, tmp_path):
 @pytest.mark.parametrize(("shortcut", "pre_num"), MODES)
 def test_layers_that_share_keys_train_generate_and_keep_logits(name, shortcut, pre_num):
     """Gemma 4 lets the layers without keys run on the last token only, where no more is asked for."""
-    _, model = adapted(name, shortcut, pre_num)
+    _, model = hybrid_and_adapted(name, shortcut, pre_num)
     inputs = {"input_ids": torch.randint(3, 37, (2, 7))}
     model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()

@@ -25,7 +25,7 @@ def test_blocks_one_after_the_other_give_nothing_to_say(name):
     assert found(tiny.make(), tiny.inputs(), target_modules=tiny.targets, pre_num=-1) == []
 
 
-def test_keys_of_cross_attention_all_get_one_input(capsys):
+def test_keys_of_cross_attention_all_get_one_input():
     tiny = TINY_MODELS["t5"]
     role = "decoder.block.*.layer.*.EncDecAttention"
     expected = [
@@ -33,8 +33,10 @@ def test_keys_of_cross_attention_all_get_one_input(capsys):
         "as the layer before: 'input' is LoRA at twice the scaling"
         for part in "kv"
     ]
-    assert found(tiny.make(), tiny.inputs(), target_modules=["q", "k", "v", "o", "wi", "wo"]) == expected
-    assert f"seen in a forward pass:\n  {expected[0]}" in capsys.readouterr().out
+    config = ResLoRAConfig(target_modules=["q", "k", "v", "o", "wi", "wo"])
+    table = describe_chains(tiny.make(), config, batch=tiny.inputs())
+    assert list(table.findings) == expected
+    assert f"seen in a forward pass:\n  {expected[0]}" in str(table)
 
 
 def test_deberta_calls_its_queries_and_keys_twice():

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import VARIANTS, base_and_adapted
+from helpers.gradients import assert_gradients_close
 from helpers.oracle import factors_of, randomize_adapters, relative_error, run_oracle
 from helpers.tiny_models import TINY_MODELS, output_of
-from helpers.tolerances import MODEL64, assert_gradients_close, half_rounding, rounding
+from helpers.tolerances import MODEL64, half_rounding, rounding
 from peft import get_peft_model
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
 
 STEPS = 4 * 30  # operations after each other in the tiny Llama's layers, each of which rounds its result
-VARIANTS = [("input", 1), ("block", 1), ("block", 2), ("block", -1), ("middle", 1), ("middle", 2), ("middle", -1)]
-
-
-def adapted(name: str, shortcut: str, pre_num: int, **fields: Any) -> tuple[nn.Module, nn.Module]:
-    """The base model and a copy of it with a random adapter on all its linear layers."""
-    tiny = TINY_MODELS[name]
-    base = tiny.make()
-    config = ResLoRAConfig(
-        **{"r": 3, "lora_alpha": 5, "target_modules": tiny.targets, **fields}, shortcut=shortcut, pre_num=pre_num
-    )
-    model = randomize_adapters(get_peft_model(copy.deepcopy(base), config)).eval()
-    return base, model
 
 
 def compare_with_oracle(
@@ -58,21 +47,23 @@ def compare_with_oracle(
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward_and_gradients_equal_the_equations(dtype, name, shortcut, pre_num):
-    base, model = (module.to(dtype) for module in adapted(name, shortcut, pre_num))
+    base, model = (module.to(dtype) for module in base_and_adapted(name, shortcut, pre_num))
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in TINY_MODELS[name].inputs().items()}
     compare_with_oracle(base, model, inputs, shortcut, pre_num)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_rslora_and_alpha_pattern_scale_each_block(shortcut, pre_num):
-    base, model = adapted("llama", shortcut, pre_num, use_rslora=True, alpha_pattern={"layers.1.mlp.up_proj": 11})
+    base, model = base_and_adapted(
+        "llama", shortcut, pre_num, use_rslora=True, alpha_pattern={"layers.1.mlp.up_proj": 11}
+    )
     compare_with_oracle(base, model, TINY_MODELS["llama"].inputs(), shortcut, pre_num)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("block", 1), ("block", -1)])
 def test_ranks_may_differ_within_a_chain(shortcut, pre_num):
     pattern = {"layers.1.self_attn.q_proj": 5, "layers.2.mlp.down_proj": 1}
-    base, model = adapted("llama", shortcut, pre_num, rank_pattern=pattern)
+    base, model = base_and_adapted("llama", shortcut, pre_num, rank_pattern=pattern)
     compare_with_oracle(base, model, TINY_MODELS["llama"].inputs(), shortcut, pre_num)
 
 
@@ -95,7 +86,7 @@ def named_mask(name: str, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_dropout_masks_once_per_block_input(shortcut, pre_num):
     """input: the sum x_n + x_{n-1}; block: x_n for all terms; middle: each x_{n-k} in its own layer."""
-    base, model = adapted("bert", shortcut, pre_num, lora_dropout=0.3)
+    base, model = base_and_adapted("bert", shortcut, pre_num, lora_dropout=0.3)
     for name, module in model.named_modules():
         if hasattr(module, "lora_dropout"):
             assert isinstance(module.lora_dropout["default"], nn.Dropout)
@@ -106,7 +97,7 @@ def test_dropout_masks_once_per_block_input(shortcut, pre_num):
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_several_active_adapters_add_their_deltas(shortcut, pre_num):
     """Each with its own shortcut: the deltas are applied together, each from the inputs it sees."""
-    base, model = adapted("llama", shortcut, pre_num)
+    base, model = base_and_adapted("llama", shortcut, pre_num)
     tiny = TINY_MODELS["llama"]
     inputs = tiny.inputs()
     model.add_adapter("second", ResLoRAConfig(r=2, target_modules=["q_proj", "up_proj"], shortcut="block", pre_num=2))
@@ -140,7 +131,7 @@ def _both(hooked: nn.Module, inputs: dict, block_factors) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_mixed_batch_equals_each_adapter_alone(shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     targets = TINY_MODELS["llama"].targets
     model.add_adapter("other", ResLoRAConfig(r=2, target_modules=targets, shortcut="middle", pre_num=-1))
     randomize_adapters(model, seed=5)
@@ -164,7 +155,7 @@ def test_mixed_batch_equals_each_adapter_alone(shortcut, pre_num):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.usefixtures("float64")  # where tokens nearly tie, rounding would choose
 def test_generation_with_a_cache_equals_full_forwards(name, shortcut, pre_num):
-    _, model = adapted(name, shortcut, pre_num)
+    _, model = base_and_adapted(name, shortcut, pre_num)
     ids = torch.randint(3, 53, (2, 5))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
     with torch.no_grad():
@@ -176,7 +167,7 @@ def test_generation_with_a_cache_equals_full_forwards(name, shortcut, pre_num):
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_batch_and_length_may_change_between_calls(shortcut, pre_num):
-    base, model = adapted("llama", shortcut, pre_num)
+    base, model = base_and_adapted("llama", shortcut, pre_num)
     for batch, length in ((2, 7), (1, 3), (4, 5)):
         inputs = {"input_ids": torch.randint(1, 53, (batch, length))}
         model.zero_grad()
@@ -197,7 +188,7 @@ def test_the_untrained_adapter_changes_nothing(shortcut, pre_num):
 @pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bfloat16_base_stays_close_to_float32(shortcut, pre_num, autocast_adapter_dtype):
-    base, model = adapted("llama", shortcut, pre_num)
+    base, model = base_and_adapted("llama", shortcut, pre_num)
     inputs = TINY_MODELS["llama"].inputs()
     expected = output_of(model, inputs)
     half = get_peft_model(
@@ -216,7 +207,7 @@ def test_bfloat16_base_stays_close_to_float32(shortcut, pre_num, autocast_adapte
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_close_to_float32(shortcut, pre_num, dtype):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     inputs = TINY_MODELS["llama"].inputs()
     expected = output_of(model, inputs)
     with torch.autocast("cpu", dtype):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.oracle import randomize_adapters
-from peft import LoraConfig, PeftConfig, get_peft_model
+from helpers.adapters import adapted
+from peft import LoraConfig, PeftConfig
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,7 +46,7 @@ def lora_peak(use_reentrant: bool | None) -> int:
 def peak_of_a_step(config: PeftConfig, use_reentrant: bool | None) -> int:
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
     torch.manual_seed(0)
-    model = randomize_adapters(get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)), config)).train()
+    model = adapted(LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)), config).train()
     if use_reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})

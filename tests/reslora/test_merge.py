@@ -10,12 +10,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.adapters import VARIANTS, base_and_adapted
+from helpers.calibration import record_norms
 from helpers.oracle import chains_by_block, factors_of, randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
 from helpers.tolerances import FLOAT64, MODEL64, rounding
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
-from test_forward import VARIANTS, adapted
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -24,14 +25,6 @@ from peft_reslora.reslora.linking import chains_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["input_norm", "weight_norm", "drop"]
-
-
-def record_norms(model: nn.Module, name: str, forwards: int = 3) -> None:
-    model.train()
-    with torch.no_grad():
-        for _ in range(forwards):
-            output_of(model, TINY_MODELS[name].inputs())
-    model.eval()
 
 
 def recorded(model: nn.Module, name: str, adapter: str = "default") -> float:
@@ -84,8 +77,8 @@ def dense_deltas(model: nn.Module, base: nn.Module, shortcut: str, pre_num: int,
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_merged_weights_follow_the_table_of_estimators(name, shortcut, pre_num, estimator):
     alpha_pattern = {"mlp.c_proj": 3} if name == "gpt2" else {}
-    base, model = adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern=alpha_pattern)
-    record_norms(model, name)
+    base, model = base_and_adapted(name, shortcut, pre_num, merge_estimator=estimator, alpha_pattern=alpha_pattern)
+    record_norms(model, TINY_MODELS[name].batches(3))
     expected = dense_deltas(model, base, shortcut, pre_num, estimator)
     for layer_name, delta in expected.items():
         layer = model.get_submodule(f"base_model.model.{layer_name}")
@@ -103,7 +96,7 @@ def test_merged_weights_follow_the_table_of_estimators(name, shortcut, pre_num, 
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("pre_num", [1, 2, -1])
 def test_block_merges_exactly(name, pre_num):
-    _, model = adapted(name, "block", pre_num)
+    _, model = base_and_adapted(name, "block", pre_num)
     inputs = TINY_MODELS[name].inputs()
     expected = output_of(model, inputs)
     model.merge_adapter()
@@ -120,7 +113,7 @@ def test_block_merges_exactly(name, pre_num):
 @pytest.mark.quick(dtype=[torch.bfloat16], safe_merge=[False])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_unmerging_restores_every_bit(shortcut, pre_num, dtype, safe_merge):
-    base, model = adapted("gpt2", shortcut, pre_num, merge_estimator="weight_norm")
+    base, model = base_and_adapted("gpt2", shortcut, pre_num, merge_estimator="weight_norm")
     model = randomize_adapters(get_peft_model(copy.deepcopy(base).to(dtype), model.peft_config["default"]))
     model.add_adapter(
         "second", ResLoRAConfig(r=2, target_modules=["c_attn"], shortcut="middle", merge_estimator="drop")
@@ -148,7 +141,7 @@ def test_a_thousand_merges_lose_nothing():
 
 
 def test_merged_models_survive_moves_and_copies():
-    base, model = adapted("llama", "block", 1)
+    base, model = base_and_adapted("llama", "block", 1)
     model.merge_adapter()
     twin = copy.deepcopy(model).double()
     twin.unmerge_adapter()
@@ -163,7 +156,7 @@ def test_merged_models_survive_moves_and_copies():
 
 def test_a_merge_reads_all_layers_before_it_changes_any():
     """weight_norm looks at the base weights of earlier layers, and two adapters are merged layer by layer."""
-    base, model = adapted("llama", "input", 1, merge_estimator="weight_norm")
+    base, model = base_and_adapted("llama", "input", 1, merge_estimator="weight_norm")
     config = ResLoRAConfig(
         r=2, target_modules=["q_proj"], shortcut="middle", pre_num=-1, merge_estimator="weight_norm"
     )
@@ -184,7 +177,7 @@ def test_a_merge_reads_all_layers_before_it_changes_any():
 
 
 def test_merging_chosen_adapters_only():
-    _, model = adapted("llama", "block", 1)
+    _, model = base_and_adapted("llama", "block", 1)
     inputs = TINY_MODELS["llama"].inputs()
     model.add_adapter("second", ResLoRAConfig(r=2, target_modules=["q_proj"], pre_num=-1))
     randomize_adapters(model, seed=3)
@@ -196,7 +189,7 @@ def test_merging_chosen_adapters_only():
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_broken_factors_are_refused_and_nothing_is_changed(shortcut, pre_num, broken):
-    base, model = adapted("llama", shortcut, pre_num, merge_estimator="weight_norm")
+    base, model = base_and_adapted("llama", shortcut, pre_num, merge_estimator="weight_norm")
     model.get_base_model().model.layers[2].mlp.up_proj.lora_A["default"].weight.data[0] = broken
     with pytest.raises(
         ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be broken$"
@@ -212,7 +205,7 @@ def test_broken_factors_are_refused_and_nothing_is_changed(shortcut, pre_num, br
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_input_norm_without_norms_names_the_way_to_them(shortcut):
-    _, model = adapted("llama", shortcut, 1)
+    _, model = base_and_adapted("llama", shortcut, 1)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"no norms recorded on layer 'model\.layers\.0.*model\.train\(\)"):
             merge()
@@ -223,23 +216,23 @@ def test_input_norm_without_norms_names_the_way_to_them(shortcut):
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_least_squares_without_calibration_is_refused(shortcut):
-    _, model = adapted("llama", shortcut, 1, merge_estimator="least_squares")
+    _, model = base_and_adapted("llama", shortcut, 1, merge_estimator="least_squares")
     with pytest.raises(ValueError, match=r"merge_estimator='least_squares' needs a calibrated adapter"):
         model.merge_and_unload()
 
 
 @pytest.mark.parametrize("broken", [math.nan, 0.0])
 def test_norms_that_cannot_be_used_are_refused(broken):
-    _, model = adapted("llama", "input", 1)
-    record_norms(model, "llama")
+    _, model = base_and_adapted("llama", "input", 1)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     model.get_base_model().model.layers[1].mlp.up_proj.lora_norm["default"].fill_(broken)
     with pytest.raises(ValueError, match=r"norm of the recorded input of layer 'model\.layers\.1\.mlp\.up_proj'"):
         model.merge_adapter()
 
 
 def test_the_estimator_can_be_changed_until_the_merge():
-    base, model = adapted("llama", "input", 1)
-    record_norms(model, "llama")
+    base, model = base_and_adapted("llama", "input", 1)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     weights = []
     for estimator in ESTIMATORS:
         model.peft_config["default"].merge_estimator = estimator
@@ -249,7 +242,7 @@ def test_the_estimator_can_be_changed_until_the_merge():
 
 
 def test_norms_are_the_mean_root_mean_square_of_the_window():
-    _, model = adapted("llama", "input", 1, norm_window=3)
+    _, model = base_and_adapted("llama", "input", 1, norm_window=3)
     seen: list[torch.Tensor] = []
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -263,17 +256,17 @@ def test_norms_are_the_mean_root_mean_square_of_the_window():
 
 
 def test_norms_of_middle_are_those_of_the_projection():
-    _, model = adapted("llama", "middle", 1)
+    _, model = base_and_adapted("llama", "middle", 1)
     seen: list[torch.Tensor] = []
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     layer.lora_A["default"].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    record_norms(model, "llama", forwards=2)
+    record_norms(model, TINY_MODELS["llama"].batches(2))
     expected = sum(float(v.double().square().mean().sqrt()) for v in seen[:2]) / 2
     assert math.isclose(recorded(model, "model.layers.1.mlp.down_proj"), expected, rel_tol=rounding(200))
 
 
 def test_norms_do_not_depend_on_the_number_of_tokens():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     ids = torch.randint(1, 53, (1, 5))
     norms = []
     for repeats in (1, 7):
@@ -296,7 +289,7 @@ def test_norms_do_not_overflow_in_half_precision():
 
 
 def test_recomputations_are_not_recorded():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     model.train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
@@ -307,7 +300,7 @@ def test_recomputations_are_not_recorded():
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_peft_converts_to_lora_with_the_same_delta(shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num, merge_estimator="weight_norm")
+    _, model = base_and_adapted("llama", shortcut, pre_num, merge_estimator="weight_norm")
     _, state_dict = convert_to_lora(model, rank=12)  # the smaller side of k_proj and v_proj; all updates have less
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
@@ -334,8 +327,8 @@ def test_merging_after_loading_in_a_fresh_process_equals_merging_the_trained_mod
     torch.save(inputs["input_ids"], tmp_path / "ids")
     expected = []
     for n, (shortcut, pre_num) in enumerate(VARIANTS):
-        base, model = adapted("llama", shortcut, pre_num)
-        record_norms(model, "llama")
+        base, model = base_and_adapted("llama", shortcut, pre_num)
+        record_norms(model, TINY_MODELS["llama"].batches(3))
         base.save_pretrained(tmp_path / "base")
         model.save_pretrained(tmp_path / f"adapter-{n}")
         loaded = PeftModel.from_pretrained(
@@ -350,7 +343,7 @@ def test_merging_after_loading_in_a_fresh_process_equals_merging_the_trained_mod
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_weighted_adapters_by_cat_add_the_updates(shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     targets = TINY_MODELS["llama"].targets
     model.add_adapter("second", ResLoRAConfig(r=2, target_modules=targets, shortcut=shortcut, pre_num=pre_num))
     randomize_adapters(model, seed=3)
@@ -366,7 +359,7 @@ def test_weighted_adapters_by_cat_add_the_updates(shortcut, pre_num):
 
 
 def test_weighted_adapters_that_would_apply_shortcuts_twice_are_refused():
-    _, model = adapted("llama", "block", 1)
+    _, model = base_and_adapted("llama", "block", 1)
     model.add_adapter("second", ResLoRAConfig(r=3, target_modules=["q_proj"], shortcut="middle"))
     with pytest.raises(ValueError, match=r"a second time\. Use 'cat'"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="svd")
@@ -376,7 +369,7 @@ def test_weighted_adapters_that_would_apply_shortcuts_twice_are_refused():
 
 
 def test_deleting_an_adapter_leaves_nothing_of_it():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     model.add_adapter("second", ResLoRAConfig(target_modules=["q_proj"], shortcut="middle"))
     model.delete_adapter("default")
     assert chains_of(model, "default") == []

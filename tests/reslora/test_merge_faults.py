@@ -11,51 +11,27 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.oracle import randomize_adapters, relative_error
-from peft import get_peft_model
+from helpers.adapters import ONE_OR_ALL, adapted, config_of, tuner_layers
+from helpers.calibration import record_norms
+from helpers.oracle import relative_error
+from helpers.tiny_models import NARROW_IDS, narrow_llama
+from peft import PeftModel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_reslora import MoRAConfig, ResLoRAConfig, calibrate_merge, export_lora, merge_report
-from peft_reslora.reslora.layer import Linear, ResLoRALayer
+from peft_reslora import calibrate_merge, export_lora, merge_report
+from peft_reslora.reslora.layer import Linear
 from peft_reslora.training.annealing import anneal_shortcuts
 from peft_reslora.training.restarts import merge_and_restart
 
-VARIANTS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
-IDS = torch.tensor([[5, 3, 9, 1, 2], [4, 4, 1, 7, 6]])
 TARGETS = ["q_proj", "o_proj", "up_proj"]
 
 
-def llama(layers: int = 3) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        vocab_size=17,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def adapted(tuner: str, pre_num: int = 1, layers: int = 3, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    config: Any
-    if tuner == "mora":
-        config = MoRAConfig(r=2, target_modules=TARGETS, init_weights=False, **kwargs)
-    else:
-        config = ResLoRAConfig(r=2, target_modules=TARGETS, shortcut=tuner, pre_num=pre_num, **kwargs)  # type: ignore[arg-type]
-    return randomize_adapters(get_peft_model(llama(layers).to(dtype), config)).eval()
-
-
-def reslora_layers(model: nn.Module) -> dict[str, ResLoRALayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, ResLoRALayer)
-    }
+def adapted_llama(
+    tuner: str, pre_num: int = 1, layers: int = 3, dtype: torch.dtype = torch.float32, **fields: Any
+) -> PeftModel:
+    chain = {} if tuner == "mora" else {"pre_num": pre_num}
+    config = config_of(tuner, r=2, target_modules=TARGETS, **chain, **fields)
+    return adapted(narrow_llama(layers).to(dtype), config)
 
 
 def batches(count: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -63,32 +39,27 @@ def batches(count: int = 6) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(1, 17, (4, 9), generator=generator)} for _ in range(count)]
 
 
-def record_norms(model: nn.Module) -> None:
-    model.train()
-    with torch.no_grad():
-        model(input_ids=IDS)
-    model.eval()
-
-
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)
 def test_each_layer_knows_whether_its_merge_is_exact(shortcut, pre_num, share):
     """What a layer says of itself is what comparing its output, unmerged and merged, at one input shows."""
-    model = adapted(shortcut, pre_num, merge_estimator="drop")
+    model = adapted_llama(shortcut, pre_num, merge_estimator="drop")
     if shortcut != "block":
         anneal_shortcuts(model, share)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    layers = reslora_layers(model)
+    layers = tuner_layers(model)
     for name, layer in layers.items():
         layer.register_forward_hook(lambda m, args, output, name=name: seen.update({name: (args[0], output)}))
     with torch.no_grad():
-        model.double()(input_ids=IDS)
+        model.double()(input_ids=NARROW_IDS)
     for name, layer in layers.items():
         x, output = seen[name]
         delta = layer.get_delta_weight("default")
         missed = (output - layer.base_layer(x) - x @ delta.T).norm() / (x @ delta.T).norm()
-        assert (missed < 1e-6) == layer.merges_exactly("default"), name
-        assert layer.merges_exactly("default") == (shortcut == "block" or share == 1.0 or ".layers.0." in f".{name}")
+        chain, position = layer.chain_of("default")
+        exact, _ = chain.merge().exactness[position]
+        assert (missed < 1e-6) == exact, name
+        assert exact == (shortcut == "block" or share == 1.0 or ".layers.0." in f".{name}")
 
 
 # Global settings of torch's, under which a merge has to be what it is without them.
@@ -203,8 +174,8 @@ def test_global_settings_change_no_merge(tuner, action, setting):
         kwargs = {"mora_type": "sharing"}
     else:
         kwargs = {} if tuner == "mora" else {"merge_estimator": "weight_norm"}
-    expected = action(adapted(tuner, **kwargs))
-    model = adapted(tuner, **kwargs)
+    expected = action(adapted_llama(tuner, **kwargs))
+    model = adapted_llama(tuner, **kwargs)
     with SETTINGS[setting]():
         actual = action(model)
     assert actual.keys() == expected.keys()
@@ -224,7 +195,7 @@ def factor_of(layer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tuner", ["input", "block", "middle", "mora"])
 def test_a_merge_that_overflows_is_refused_before_anything_is_changed(tuner, safe_merge):
     """The last layer overflows in float16, by a finite adapter."""
-    model = adapted(tuner, dtype=torch.float16, **({} if tuner == "mora" else {"merge_estimator": "drop"}))
+    model = adapted_llama(tuner, dtype=torch.float16, **({} if tuner == "mora" else {"merge_estimator": "drop"}))
     layer = model.get_base_model().model.layers[2].mlp.up_proj
     with torch.no_grad():
         layer.base_layer.weight[0] = 60000.0
@@ -247,7 +218,7 @@ def test_a_merge_that_overflows_is_refused_before_anything_is_changed(tuner, saf
 
 @pytest.mark.parametrize("tuner", ["block", "mora"])
 def test_a_broken_base_weight_is_not_blamed_on_the_adapter(tuner):
-    model = adapted(tuner, dtype=torch.float16)
+    model = adapted_llama(tuner, dtype=torch.float16)
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     with torch.no_grad():
         layer.base_layer.weight[0, 0] = torch.inf
@@ -258,7 +229,7 @@ def test_a_broken_base_weight_is_not_blamed_on_the_adapter(tuner):
 
 @pytest.mark.parametrize("tuner", ["block", "mora"])
 def test_an_adapter_that_is_not_there_is_not_merged_as_nothing(tuner):
-    model = adapted(tuner)
+    model = adapted_llama(tuner)
     for action in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"no adapter 'defualt' to merge; the model has 'default'"):
             action(adapter_names=["defualt"])
@@ -266,7 +237,7 @@ def test_an_adapter_that_is_not_there_is_not_merged_as_nothing(tuner):
 
 @pytest.mark.parametrize("tuner", ["block", "mora"])
 def test_a_merge_that_fails_half_way_is_undone(tuner, monkeypatch):
-    model = adapted(tuner)
+    model = adapted_llama(tuner)
     before = {name: (p, p.clone()) for name, p in model.named_parameters()}
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
     kind, calls = type(layers[0]), []
@@ -293,8 +264,8 @@ def test_a_merge_that_fails_half_way_is_undone(tuner, monkeypatch):
 @pytest.mark.parametrize("estimators", [None, "input_norm"])
 def test_merge_report_knows_a_merge_that_overflows(estimators):
     """It reported a KL of 0 and an agreement of 1."""
-    model = adapted("input", dtype=torch.float16)
-    record_norms(model)
+    model = adapted_llama("input", dtype=torch.float16)
+    record_norms(model, [{"input_ids": NARROW_IDS}])
     for position, norm in ((0, 1e4), (1, 1e-4)):
         model.get_base_model().model.layers[position].self_attn.o_proj.lora_norm["default"].fill_(norm)
     message = (
@@ -311,7 +282,7 @@ def test_merge_report_knows_a_merge_that_overflows(estimators):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_merge_report_refuses_outputs_that_are_no_numbers(value):
-    model = adapted("middle", merge_estimator="drop")
+    model = adapted_llama("middle", merge_estimator="drop")
     with torch.no_grad():
         model.get_base_model().lm_head.weight[3, 4] = value
     with pytest.raises(ValueError, match="logits of the unmerged model hold NaN or inf"):
@@ -319,7 +290,7 @@ def test_merge_report_refuses_outputs_that_are_no_numbers(value):
 
 
 def test_merge_report_takes_classes_that_are_ruled_out():
-    model = adapted("middle", merge_estimator="drop")
+    model = adapted_llama("middle", merge_estimator="drop")
     expected = merge_report(model, batches(2), estimators="drop").costs["drop"]
 
     def rule_out(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -333,8 +304,8 @@ def test_merge_report_takes_classes_that_are_ruled_out():
 
 
 def test_merge_report_leaves_out_padding_and_says_when_nothing_is_left():
-    model = adapted("middle", merge_estimator="drop")
-    ids = IDS
+    model = adapted_llama("middle", merge_estimator="drop")
+    ids = NARROW_IDS
     seen = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, -100)}
     expected = merge_report(model, [seen], estimators="drop").costs["drop"]
@@ -350,7 +321,7 @@ def test_merge_report_leaves_out_padding_and_says_when_nothing_is_left():
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", 1), ("middle", -1)])
 def test_a_calibration_is_stale_if_any_layer_of_the_chain_has_changed(shortcut, pre_num, position, tmp_path):
-    model = adapted(shortcut, pre_num)
+    model = adapted_llama(shortcut, pre_num)
     calibrate_merge(model, batches())
     model.save_pretrained(tmp_path)
     changed = model.get_base_model().model.layers[position].mlp.up_proj
@@ -365,13 +336,12 @@ def test_a_calibration_is_stale_if_any_layer_of_the_chain_has_changed(shortcut, 
 
 def test_calibrations_of_the_first_release_are_merged_and_loaded(tmp_path):
     """They have no sketch for the first layer of a chain."""
-    from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
-    model = adapted("middle")
+    model = adapted_llama("middle")
     calibrate_merge(model, batches())
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    loaded = PeftModel.from_pretrained(narrow_llama(), tmp_path)
     expected = deltas(model)
     assert all(torch.equal(delta, expected[name]) for name, delta in deltas(loaded).items())
     first = loaded.get_base_model().model.layers[0].mlp.up_proj
@@ -384,13 +354,11 @@ def test_calibrations_of_the_first_release_are_merged_and_loaded(tmp_path):
     assert len(old) == len(tensors) - len(TARGETS)
     save_file(old, tmp_path / "old", metadata={"format": "pt"})
     (tmp_path / "old").replace(file)
-    assert all(torch.equal(delta, expected[n]) for n, delta in deltas(_unsealed(llama(), tmp_path)).items())
+    assert all(torch.equal(delta, expected[n]) for n, delta in deltas(_unsealed(narrow_llama(), tmp_path)).items())
 
 
 def _unsealed(base: nn.Module, folder: Any) -> nn.Module:
     import json
-
-    from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "stamped"}))
@@ -398,12 +366,12 @@ def _unsealed(base: nn.Module, folder: Any) -> nn.Module:
 
 
 def test_annealing_after_a_calibration_leaves_none_that_could_be_stale():
-    model = adapted("middle")
+    model = adapted_llama("middle")
     calibrate_merge(model, batches())
     anneal_shortcuts(model, 0.5)
-    assert not any(len(layer.lora_calibrated) for layer in reslora_layers(model).values())
+    assert not any(len(layer.lora_calibrated) for layer in tuner_layers(model).values())
     with torch.no_grad():
-        for layer in reslora_layers(model).values():
+        for layer in tuner_layers(model).values():
             layer.lora_A["default"].weight.mul_(1.5)
     model.merge_adapter()
 
@@ -415,7 +383,7 @@ def test_annealing_after_a_calibration_leaves_none_that_could_be_stale():
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_each_base_weight_is_read_once(shortcut, way, monkeypatch):
     """weight_norm reads the weights of all earlier layers, and did so again for every layer."""
-    model = adapted(shortcut, layers=6, merge_estimator="weight_norm")
+    model = adapted_llama(shortcut, layers=6, merge_estimator="weight_norm")
     reads: Counter[int] = Counter()
     read = Linear.unmerged_base_weight
 
@@ -440,7 +408,7 @@ def test_each_base_weight_is_read_once(shortcut, way, monkeypatch):
 def test_the_factors_of_a_chain_are_read_once(way, monkeypatch):
     from peft_reslora.reslora.linked_chain import Chain
 
-    model = adapted("block", -1)
+    model = adapted_llama("block", -1)
     calls: Counter[int] = Counter()
     blocks = Chain.blocks
 
@@ -454,9 +422,9 @@ def test_the_factors_of_a_chain_are_read_once(way, monkeypatch):
     assert set(calls.values()) == {1}
 
 
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)
 def test_planned_and_unplanned_delta_weights_are_the_same_in_float64(shortcut, pre_num):
-    model = adapted(shortcut, pre_num, merge_estimator="weight_norm")
+    model = adapted_llama(shortcut, pre_num, merge_estimator="weight_norm")
     alone = deltas(model)
     exported = export_lora(model).state_dict
     for name, delta in alone.items():
@@ -465,5 +433,5 @@ def test_planned_and_unplanned_delta_weights_are_the_same_in_float64(shortcut, p
     merged = copy.deepcopy(model).merge_and_unload()
     for name, delta in alone.items():
         name = name.removeprefix("base_model.model.")
-        weight = llama().get_submodule(name).weight.double()
+        weight = narrow_llama().get_submodule(name).weight.double()
         assert relative_error(merged.get_submodule(name).weight.double() - weight, delta) < 1e-5

@@ -10,13 +10,12 @@ import math
 
 import pytest
 import torch
+from helpers.adapters import ESTIMATED, base_and_adapted
+from helpers.calibration import batches_of, divergence, log_probabilities, record_norms
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, bert, output_of
 from helpers.tolerances import MODEL64, rounding
 from peft import get_peft_model
-from test_calibrate import ESTIMATED, batches_of, divergence, log_probabilities
-from test_forward import adapted
-from test_merge import record_norms
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
@@ -34,8 +33,8 @@ def labelled() -> list[dict[str, torch.Tensor]]:
 
 
 def ready(shortcut: str, pre_num: int, **fields: object) -> nn.Module:
-    _, model = adapted("llama", shortcut, pre_num, **fields)
-    record_norms(model, "llama")
+    _, model = base_and_adapted("llama", shortcut, pre_num, **fields)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     calibrate_merge(model, batches_of(8))
     return model
 
@@ -114,7 +113,7 @@ def test_beside_another_active_adapter_the_merge_is_simulated():
 
 @pytest.mark.parametrize("pre_num", [1, -1])
 def test_block_is_exact(pre_num):
-    _, model = adapted("llama", "block", pre_num)
+    _, model = base_and_adapted("llama", "block", pre_num)
     report = merge_report(model, labelled())
     assert report.exact
     assert list(report.costs) == ["exact"]
@@ -136,7 +135,7 @@ def test_the_divergence_of_float32_logits_is_that_of_the_logits_and_not_of_its_o
 
 
 def test_estimators_without_data_are_listed_and_a_single_one_raises():
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     report = merge_report(model, batches_of())
     assert report.costs.keys() == {"weight_norm", "drop"}
     assert report.unavailable.keys() == {"input_norm", "least_squares"}
@@ -182,7 +181,7 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
     ],
 )
 def test_what_cannot_be_reported_is_refused(arguments, message):
-    _, model = adapted("llama", "input", 1)
+    _, model = base_and_adapted("llama", "input", 1)
     with pytest.raises(ValueError, match=message):
         merge_report(model, **{"batches": batches_of(), **arguments})
 
@@ -200,7 +199,7 @@ def test_models_without_logits_are_refused():
     [("block", "(shortcut='block') exactly."), ("input", "by merge_estimator='drop', an estimate on 21 layers")],
 )
 def test_a_merge_logs_one_line(shortcut, message, caplog):
-    _, model = adapted("llama", shortcut, 1, merge_estimator="drop")
+    _, model = base_and_adapted("llama", shortcut, 1, merge_estimator="drop")
     with caplog.at_level(logging.INFO, logger="peft_reslora"):
         model.merge_and_unload()
     assert len(caplog.messages) == 1

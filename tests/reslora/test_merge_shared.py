@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from helpers.oracle import randomize_adapters, relative_error
-from peft import get_peft_model
+from helpers.adapters import adapted, config_of, tuner_layers
+from helpers.oracle import relative_error
+from helpers.tiny_models import narrow_llama
+from peft import PeftModel
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,33 +25,16 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from peft_reslora import MoRAConfig, ResLoRAConfig, export_lora
-from peft_reslora.mora.layer import MoRALayer
-from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora import export_lora
 
 TUNERS = ["block", "middle", "mora"]
 IDS = torch.tensor([[5, 3, 9, 1, 2]])
 
 
-def config_of(tuner: str, **kwargs: Any) -> ResLoRAConfig | MoRAConfig:
-    if tuner == "mora":
-        return MoRAConfig(r=2, init_weights=False, **kwargs)
-    return ResLoRAConfig(r=2, shortcut=tuner, merge_estimator="weight_norm", init_lora_weights=True, **kwargs)
-
-
-def llama(layers: int = 2, **kwargs: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        vocab_size=17,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-        **kwargs,
-    )
-    return LlamaForCausalLM(config).eval()
+def merging(base: nn.Module, tuner: str, **fields: Any) -> PeftModel:
+    """Adapted, and merged by what needs no data."""
+    estimator = {} if tuner == "mora" else {"merge_estimator": "weight_norm"}
+    return adapted(base, config_of(tuner, r=2, **estimator, **fields))
 
 
 class Stack(nn.Module):
@@ -66,15 +49,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = x + torch.tanh(layer["lin"](x))
         return x
-
-
-def adapted(base: nn.Module, tuner: str, **kwargs: Any) -> nn.Module:
-    return randomize_adapters(get_peft_model(base, config_of(tuner, **kwargs))).eval()
-
-
-def tuner_layers(model: nn.Module) -> dict[str, Any]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, (MoRALayer, ResLoRALayer))}
-    return {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
 
 
 def merged_in_float64(base: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -97,7 +71,7 @@ def dense(base: nn.Module, weights: dict[str, torch.Tensor], *args: Any, **kwarg
 
 
 def tied_llama() -> tuple[nn.Module, list[str]]:
-    return llama(tie_word_embeddings=True), ["lm_head", "q_proj"]
+    return narrow_llama(2, tie_word_embeddings=True), ["lm_head", "q_proj"]
 
 
 def tied_bart() -> tuple[nn.Module, list[str]]:
@@ -125,7 +99,7 @@ TIED = {"llama": tied_llama, "bart": tied_bart}
 def test_a_merge_into_a_tied_weight_leaves_the_embedding_alone(name, tuner, tmp_path):
     """The merged model computes what a model with a head of its own does, and so it is loaded again."""
     base, targets = TIED[name]()
-    model = adapted(copy.deepcopy(base), tuner, target_modules=targets)
+    model = merging(copy.deepcopy(base), tuner, target_modules=targets)
     expected = dense(base, merged_in_float64(base, model), IDS)
     unmerged = model(IDS).logits
     model.merge_adapter()
@@ -159,7 +133,7 @@ def t5() -> nn.Module:
 @pytest.mark.parametrize("build", [t5, umt5])
 def test_a_tied_weight_that_cannot_be_untied_is_refused_and_nothing_changed(build, tuner):
     """These scale their output by whether the config says that the head is tied."""
-    model = adapted(build(), tuner, target_modules=["lm_head", "wo"])
+    model = merging(build(), tuner, target_modules=["lm_head", "wo"])
     before = {name: (p, p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
     with pytest.raises(ValueError, match=r"layer 'lm_head' is tied.*exclude_modules"):
         model.merge_and_unload()
@@ -187,7 +161,7 @@ def test_layers_that_share_a_weight_merge_each_for_itself(share, tuner, safe_mer
     base, shared = Stack(), Stack()
     share(base)
     share(shared)
-    model = adapted(shared, tuner, target_modules=["lin"])
+    model = merging(shared, tuner, target_modules=["lin"])
     x = torch.randn(4, 6)
     expected = dense(base, merged_in_float64(base, model), x.double())
     layers = list(tuner_layers(model).values())
@@ -206,8 +180,8 @@ def test_layers_that_share_a_weight_merge_each_for_itself(share, tuner, safe_mer
 
 @pytest.mark.parametrize("tuner", ["block", "middle"])
 def test_replicated_layers_merge_each_for_itself(tuner):
-    base = llama()
-    model = adapted(
+    base = narrow_llama(2)
+    model = merging(
         copy.deepcopy(base), tuner, target_modules=["q_proj", "up_proj"], layer_replication=[[0, 2], [0, 2]]
     )
     base.model.layers = nn.ModuleList(copy.deepcopy(base.model.layers[i]) for i in (0, 1, 0, 1))
@@ -227,7 +201,7 @@ def test_replicated_layers_merge_each_for_itself(tuner):
 def test_layers_can_be_merged_one_by_one(tuner):
     """As diffusers' `fuse_lora` does, which knows no tuner."""
     base, targets = tied_llama()
-    model = adapted(copy.deepcopy(base), tuner, target_modules=targets)
+    model = merging(copy.deepcopy(base), tuner, target_modules=targets)
     expected = dense(base, merged_in_float64(base, model), IDS)
     layers = tuner_layers(model).values()
     for layer in layers:
@@ -242,7 +216,7 @@ def test_layers_can_be_merged_one_by_one(tuner):
 
 def test_deep_copies_of_merged_models_keep_what_was_tied():
     base, targets = tied_llama()
-    model = adapted(base, "block", target_modules=targets)
+    model = merging(base, "block", target_modules=targets)
     model.merge_adapter()
     twin = copy.deepcopy(model).double()
     twin.unmerge_adapter()
@@ -255,7 +229,7 @@ def test_deep_copies_of_merged_models_keep_what_was_tied():
 def test_a_module_that_is_also_called_without_its_adapter_is_refused(tuner):
     base = Stack()
     base.second_name = base.layers[1]["lin"]
-    model = adapted(base, tuner, target_modules=r"layers\.\d+\.lin")
+    model = merging(base, tuner, target_modules=r"layers\.\d+\.lin")
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"'layers\.1\.lin' is also the module 'second_name'"):
             merge()
@@ -279,7 +253,7 @@ def test_a_weight_that_is_computed_is_not_merged_into_but_exported(compute, tune
     base = Stack()
     for layer in base.layers:
         compute(layer["lin"])
-    model = adapted(base, tuner, target_modules=["lin"])
+    model = merging(base, tuner, target_modules=["lin"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     x = torch.randn(4, 6)
     expected = model(x)
@@ -301,7 +275,7 @@ def test_norms_of_computed_weights_are_those_of_the_layer_as_it_computes(compute
     base, computed = Stack(), Stack()
     for layer in [*base.layers, *computed.layers]:
         compute(layer["lin"])
-    model = adapted(computed, "middle", target_modules=["lin"])
+    model = merging(computed, "middle", target_modules=["lin"])
     for layer in base.layers:  # the same weights, as parameters
         linear = layer["lin"]
         linear(torch.zeros(1, 6))
@@ -309,7 +283,7 @@ def test_norms_of_computed_weights_are_those_of_the_layer_as_it_computes(compute
             parametrize.remove_parametrizations(linear, "weight")
         else:
             nn.utils.remove_weight_norm(linear)
-    plain = adapted(base, "middle", target_modules=["lin"])
+    plain = merging(base, "middle", target_modules=["lin"])
     for name, layer in tuner_layers(model).items():
         expected = tuner_layers(plain)[name].get_delta_weight("default")
         assert relative_error(layer.get_delta_weight("default"), expected) < 1e-6
@@ -329,7 +303,7 @@ def to_disk(model: nn.Module, folder: Any) -> None:
 @torch.no_grad()
 def test_offloaded_models_merge_as_loaded_ones(offload: Callable[..., None], tuner, tmp_path):
     base, targets = tied_llama()
-    model = adapted(base, tuner, target_modules=targets)
+    model = merging(base, tuner, target_modules=targets)
     loaded = copy.deepcopy(model)
     offload(model, tmp_path)
     assert model.get_base_model().lm_head.base_layer.weight.is_meta

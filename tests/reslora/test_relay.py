@@ -9,11 +9,12 @@ import weakref
 
 import pytest
 import torch
+from helpers.adapters import VARIANTS, base_and_adapted
+from helpers.gradients import assert_gradients_close, gradients
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
-from helpers.tolerances import assert_gradients_close, rounding
+from helpers.tolerances import rounding
 from peft import get_peft_model
-from test_forward import VARIANTS, adapted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,14 +22,6 @@ from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.linking import chains_of
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert_gradients_close(actual, expected)
 
 
 def activations_seen(model: nn.Module) -> list[weakref.ref]:
@@ -48,7 +41,7 @@ def activations_seen(model: nn.Module) -> list[weakref.ref]:
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("mode", ["no_grad", "forward", "backward"])
 def test_no_activation_outlives_a_forward(shortcut, pre_num, mode):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     model.train()
     seen = activations_seen(model)
     gc.collect()
@@ -70,7 +63,7 @@ def test_no_activation_outlives_a_forward(shortcut, pre_num, mode):
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_no_activation_outlives_a_checkpointed_backward(shortcut, pre_num, use_reentrant):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     enable_checkpointing(model, use_reentrant)
     seen = activations_seen(model)
     gc.collect()
@@ -151,7 +144,7 @@ def test_checkpointing_keeps_the_gradient(schedule, use_reentrant, tuner, pre_nu
         config = MoRAConfig(r=3, target_modules=TINY_MODELS["llama"].targets, mora_dropout=0.2)
         plain = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config))
     else:
-        _, plain = adapted("llama", tuner, pre_num, lora_dropout=0.2)
+        _, plain = base_and_adapted("llama", tuner, pre_num, lora_dropout=0.2)
     checkpointed = copy.deepcopy(plain)
     plain.train()
     plain.enable_input_require_grads()
@@ -160,12 +153,12 @@ def test_checkpointing_keeps_the_gradient(schedule, use_reentrant, tuner, pre_nu
     for model in (plain, checkpointed):
         torch.manual_seed(11)
         schedule(model, inputs)
-    assert_same_gradients(gradients(checkpointed), gradients(plain))
+    assert_gradients_close(gradients(checkpointed), gradients(plain))
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_retained_graphs_can_be_used_twice_under_checkpointing(shortcut, pre_num):
-    _, plain = adapted("llama", shortcut, pre_num)
+    _, plain = base_and_adapted("llama", shortcut, pre_num)
     checkpointed = copy.deepcopy(plain)
     enable_checkpointing(checkpointed, use_reentrant=False)
     inputs = TINY_MODELS["llama"].inputs()
@@ -173,13 +166,13 @@ def test_retained_graphs_can_be_used_twice_under_checkpointing(shortcut, pre_num
         loss = output_of(model, inputs).square().mean()
         loss.backward(retain_graph=True)
         loss.backward()
-    assert_same_gradients(gradients(checkpointed), gradients(plain))
+    assert_gradients_close(gradients(checkpointed), gradients(plain))
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_gradients_asked_for_by_name_are_complete(shortcut, pre_num):
     """`torch.autograd.grad` prunes the graph; a gradient carried outside of it would be lost."""
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     checkpointed = copy.deepcopy(model)
     enable_checkpointing(checkpointed, use_reentrant=False)
     inputs = TINY_MODELS["llama"].inputs()
@@ -189,7 +182,7 @@ def test_gradients_asked_for_by_name_are_complete(shortcut, pre_num):
             *((n, p) for n, p in candidate.named_parameters() if "layers.0" in n and "lora_A" in n), strict=True
         )
         grads = torch.autograd.grad(output_of(candidate, inputs).square().mean(), parameters)
-        assert_same_gradients(
+        assert_gradients_close(
             dict(zip(names, grads, strict=True)), {n: g for n, g in gradients(model).items() if n in names}
         )
 
@@ -234,12 +227,12 @@ def test_checkpointed_regions_may_span_blocks(span, use_reentrant, shortcut, pre
         for _ in range(2):
             model(x).square().mean().backward()
         results.append({**gradients(model), "x": x.grad.clone()})
-    assert_same_gradients(results[1], results[0])
+    assert_gradients_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_layer_before_its_predecessor_is_refused(shortcut):
-    _, model = adapted("llama", shortcut, 1)
+    _, model = base_and_adapted("llama", shortcut, 1)
     layer = model.base_model.model.model.layers[2].self_attn.q_proj
     with pytest.raises(RuntimeError, match=r"layers\.2\.self_attn\.q_proj.* ran before its predecessor .*layers\.1"):
         layer(torch.randn(1, 3, 24))
@@ -247,7 +240,7 @@ def test_a_layer_before_its_predecessor_is_refused(shortcut):
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_skipped_layer_is_refused_also_after_complete_passes(shortcut):
-    _, model = adapted("llama", shortcut, 1)
+    _, model = base_and_adapted("llama", shortcut, 1)
     inputs = TINY_MODELS["llama"].inputs()
     output_of(model, inputs)
     layers = model.base_model.model.model.layers
@@ -291,7 +284,7 @@ def test_a_reentrant_region_after_a_plain_block_is_refused(shortcut):
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_their_own_chains(duplicate, shortcut, pre_num):
-    _, model = adapted("llama", shortcut, pre_num)
+    _, model = base_and_adapted("llama", shortcut, pre_num)
     inputs = TINY_MODELS["llama"].inputs()
     expected = output_of(model, inputs)
     twin = duplicate(model)

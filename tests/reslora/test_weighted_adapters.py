@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import ONE_OR_ALL, tuner_layers
 from helpers.oracle import randomize_adapters, relative_error
+from helpers.tiny_models import NARROW_IDS, narrow_llama
 from peft import PeftModel, get_peft_model
-from test_merge_faults import IDS, llama, reslora_layers
 from torch import nn
 
 from peft_reslora import ResLoRAConfig, export_lora
 
-VARIANTS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
 SCALINGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "lora_alpha": 5},
     "rslora-and-alpha-pattern": {"use_rslora": True, "alpha_pattern": {"up_proj": 9}},
@@ -27,7 +27,7 @@ def two_adapters(shortcut: str, pre_num: int, first: dict[str, Any], second: dic
         return ResLoRAConfig(r=r, target_modules=targets, shortcut=shortcut, pre_num=pre_num, **kwargs)  # type: ignore[arg-type]
 
     defaults = {"merge_estimator": "drop", "r": 3, "targets": ["q_proj", "up_proj"], **both}
-    model = get_peft_model(llama(), config(**{**defaults, **first}))
+    model = get_peft_model(narrow_llama(), config(**{**defaults, **first}))
     model.add_adapter("second", config(**{**defaults, **second}))
     return randomize_adapters(model).eval()
 
@@ -35,23 +35,23 @@ def two_adapters(shortcut: str, pre_num: int, first: dict[str, Any], second: dic
 def weighted_sum(model: nn.Module, weights: dict[str, float]) -> torch.Tensor:
     """The output in float64 with all adapters active, each with its weight on its scaling."""
     model = copy.deepcopy(model).double()
-    for layer in reslora_layers(model).values():
+    for layer in tuner_layers(model).values():
         for adapter_name, weight in weights.items():
             if adapter_name in layer.scaling:
                 layer.scaling[adapter_name] *= weight
     model.base_model.set_adapter(list(weights))
-    return model(input_ids=IDS).logits
+    return model(input_ids=NARROW_IDS).logits
 
 
 def combined(model: nn.Module, name: str = "sum") -> torch.Tensor:
     model = copy.deepcopy(model)
     model.set_adapter(name)
-    return model.double()(input_ids=IDS).logits
+    return model.double()(input_ids=NARROW_IDS).logits
 
 
 @pytest.mark.parametrize("ranks", [(3, 2), (2, 4)])
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)
 def test_cat_is_the_weighted_sum_of_the_updates(shortcut, pre_num, scaling, ranks):
     second = {"r": ranks[1], "targets": ["q_proj", "o_proj"], "lora_alpha": 4}  # of another scaling
     model = two_adapters(shortcut, pre_num, {"r": ranks[0], **SCALINGS[scaling]}, second)
@@ -59,7 +59,7 @@ def test_cat_is_the_weighted_sum_of_the_updates(shortcut, pre_num, scaling, rank
     expected = weighted_sum(model, weights)
     model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type="cat")
     assert relative_error(combined(model), expected) < 1e-6  # the factors are float32
-    for layer in reslora_layers(model).values():
+    for layer in tuner_layers(model).values():
         delta = sum(
             weight * layer.get_delta_weight(name).double() for name, weight in weights.items() if name in layer.lora_A
         )
@@ -68,7 +68,7 @@ def test_cat_is_the_weighted_sum_of_the_updates(shortcut, pre_num, scaling, rank
 
 @pytest.mark.parametrize("combination_type", ["linear", "svd", "cat", "ties"])
 @pytest.mark.parametrize("weight", [0.6, -1.7])
-@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)
 def test_one_adapter_with_a_weight_is_exact(shortcut, pre_num, weight, combination_type):
     """PEFT takes 'linear' for one adapter, whichever was asked for."""
     first = {"use_rslora": True, "lora_alpha": 5}
@@ -86,12 +86,12 @@ def test_combinations_of_uneven_ranks_are_saved_and_loaded(shortcut, combination
     density = {} if combination_type in ("linear", "cat") else {"density": 0.5}
     model.add_weighted_adapter(["default", "second"], [0.5, 0.8], "sum", combination_type=combination_type, **density)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "sum").eval()
+    loaded = PeftModel.from_pretrained(narrow_llama(), tmp_path / "sum").eval()
     expected = combined(model)
     assert relative_error(combined(loaded, "default"), expected) < 1e-12
-    assert relative_error(combined(model), llama().double()(input_ids=IDS).logits) > 1e-3
+    assert relative_error(combined(model), narrow_llama().double()(input_ids=NARROW_IDS).logits) > 1e-3
     exported = export_lora(model, "sum").state_dict
-    for name, layer in reslora_layers(model).items():
+    for name, layer in tuner_layers(model).items():
         lora_a, lora_b = (exported[f"base_model.model.{name}.lora_{f}.weight"].double() for f in "AB")
         assert relative_error(lora_b @ lora_a, layer.get_delta_weight("sum")) < 1e-5
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.oracle import randomize_adapters
+from helpers.adapters import adapted
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -214,7 +214,7 @@ def test_fuzzed_configs_and_files(count: int, seed: int, tmp_path: Path, monkeyp
         (ResLoRAConfig(r=2, target_modules=["up", "down"]), MoRAConfig(r=2, target_modules=["up"]))
     ):
         folders.append(tmp_path / f"saved{n}")
-        randomize_adapters(get_peft_model(base(), config)).save_pretrained(folders[-1])
+        adapted(base(), config).save_pretrained(folders[-1])
     outcomes: dict[str, int] = {}
     longest = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

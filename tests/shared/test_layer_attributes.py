@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import adapted
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of, unet
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -25,9 +26,8 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5)).double()
 
 
-def adapted(mora_type: str, base: nn.Module | None = None) -> PeftModel:
-    config = MoRAConfig(r=2, mora_type=mora_type, target_modules=["0", "2"])
-    return randomize_adapters(get_peft_model(base or layers(), config).double()).eval()
+def mora(mora_type: str) -> PeftModel:
+    return adapted(layers(), MoRAConfig(r=2, mora_type=mora_type, target_modules=["0", "2"])).double()
 
 
 def public(config: PeftConfig) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def scaled_updates(model: PeftModel, scale: float) -> dict[str, torch.Tensor]:
 @every_type
 @pytest.mark.parametrize("scale", [0.5, -2.0, 0.0])
 def test_a_scale_holds_in_forward_delta_merge_factors_and_export(mora_type, scale):
-    model = adapted(mora_type)
+    model = mora(mora_type)
     expected = scaled_updates(model, scale)
     for name in ("0", "2"):
         model.base_model.model[int(name)].set_scale("default", scale)
@@ -86,7 +86,7 @@ def test_a_scale_holds_in_forward_delta_merge_factors_and_export(mora_type, scal
 
 @every_type
 def test_a_scale_holds_in_the_gradient(mora_type):
-    model = adapted(mora_type).train()
+    model = mora(mora_type).train()
     x = torch.randn(6, 7, dtype=torch.float64)
     layer = model.base_model.model[0]
     weight = torch.randn(6, 11, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_a_scale_holds_in_the_gradient(mora_type):
 
 
 def test_scales_multiply_and_go_back_as_in_lora():
-    ours = adapted("rotation").base_model.model[0]
+    ours = mora("rotation").base_model.model[0]
     theirs = get_peft_model(layers(), LoraConfig(target_modules=["0"], r=8, lora_alpha=8)).base_model.model[0]
     for method, arguments in [
         ("set_scale", ("default", 0.5)),
@@ -119,7 +119,7 @@ def test_scales_multiply_and_go_back_as_in_lora():
 
 
 def test_a_merged_scale_is_not_changed():
-    model = adapted("sharing")
+    model = mora("sharing")
     model.merge_adapter()
     layer = model.base_model.model[0]
     layer.set_scale("default", 1.0)
@@ -131,7 +131,7 @@ def test_a_merged_scale_is_not_changed():
 
 
 def test_a_scale_ends_with_its_adapter():
-    model = adapted("rotation")
+    model = mora("rotation")
     model.add_adapter("second", MoRAConfig(r=2, target_modules=["0"]))
     layer = model.base_model.model[0]
     layer.set_scale("second", 0.25)

@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import TUNERS, adapted, config_of, tuner_layers
+from helpers.gradients import assert_gradients_close, gradients
 from helpers.oracle import randomize_adapters, relative_error
-from helpers.tiny_models import TINY_MODELS, output_of
+from helpers.tiny_models import LLAMA_INPUTS, TINY_MODELS, output_of
 from helpers.tolerances import half_rounding, rounding
 from peft import PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
-from test_relay import assert_same_gradients, gradients
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_reslora import MoRAConfig, ResLoRAConfig, export_lora
-from peft_reslora.mora.layer import MoRALayer
+from peft_reslora import ResLoRAConfig, export_lora
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.shared.quantized import dequantised_weight
 
-TUNERS = ["input", "block", "middle", "mora"]
 TARGETS = TINY_MODELS["llama"].targets
 
 
@@ -129,20 +128,15 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain
 
 
-def adapted(model: nn.Module, tuner: str, **fields: Any) -> nn.Module:
-    fields = {"r": 4, "target_modules": TARGETS, **fields}
-    config = MoRAConfig(**fields) if tuner == "mora" else ResLoRAConfig(**fields, shortcut=tuner)
-    return randomize_adapters(get_peft_model(model, config)).train()
+def in_training(model: nn.Module, tuner: str, **fields: Any) -> nn.Module:
+    return adapted(model, config_of(tuner, r=4, target_modules=TARGETS, **fields)).train()
 
 
 def pair(backend: str, tuner: str, **fields: Any) -> tuple[nn.Module, nn.Module]:
     """An adapter on the quantised base, and the same one on the dequantised base."""
     quantised = BACKENDS[backend](base())
     plain = dequantised(quantised)
-    return adapted(quantised, tuner, **fields), adapted(plain, tuner, **fields)
-
-
-INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().manual_seed(0))}
+    return in_training(quantised, tuner, **fields), in_training(plain, tuner, **fields)
 
 
 @supported
@@ -152,12 +146,12 @@ INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().
 def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
     quantised, plain = pair(backend, tuner)
     for model in (quantised, plain):
-        output_of(model, INPUTS).square().mean().backward()
-    assert_same_gradients(gradients(quantised), gradients(plain))
+        output_of(model, LLAMA_INPUTS).square().mean().backward()
+    assert_gradients_close(gradients(quantised), gradients(plain))
     for model in (quantised, plain):
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     with torch.no_grad():
-        assert relative_error(output_of(quantised, INPUTS), output_of(plain, INPUTS)) < rounding(plain)
+        assert relative_error(output_of(quantised, LLAMA_INPUTS), output_of(plain, LLAMA_INPUTS)) < rounding(plain)
 
 
 @supported
@@ -167,25 +161,21 @@ def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
 @torch.no_grad()
 def test_an_adapter_is_saved_loaded_and_exported(backend, tuner, tmp_path):
     quantised, plain = pair(backend, tuner)
-    expected = output_of(quantised, INPUTS)
+    expected = output_of(quantised, LLAMA_INPUTS)
     quantised.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(BACKENDS[backend](base()), tmp_path).train()
-    assert torch.equal(output_of(loaded, INPUTS), expected)
+    assert torch.equal(output_of(loaded, LLAMA_INPUTS), expected)
     options = {"rank": 4} if tuner == "mora" else {}
     if tuner in ("input", "middle"):
         for model in (quantised, plain):
-            output_of(model, INPUTS)  # records norms
+            output_of(model, LLAMA_INPUTS)  # records norms
     exported = [export_lora(model, **options).state_dict for model in (quantised, plain)]
     for name, factor in exported[1].items():
         assert relative_error(exported[0][name], factor) <= rounding(64 * 96), name  # MoRA's are from an SVD
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: layer for n, layer in model.named_modules() if isinstance(layer, (ResLoRALayer, MoRALayer))}
-
-
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    layers = adapted_layers(model).items()
+    layers = tuner_layers(model).items()
     return {name: dequantised_weight(layer.get_base_layer()).clone() for name, layer in layers}
 
 
@@ -197,12 +187,12 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(backend, tuner):
     quantised, plain = pair(backend, tuner)
     for model in (quantised, plain):
-        output_of(model, INPUTS)
+        output_of(model, LLAMA_INPUTS)
     before = base_weights(quantised)
-    unmerged = output_of(quantised, INPUTS)
+    unmerged = output_of(quantised, LLAMA_INPUTS)
     layers = dict(plain.named_modules())
     quantised.merge_adapter()
-    for name, layer in adapted_layers(quantised).items():
+    for name, layer in tuner_layers(quantised).items():
         merged = dequantised_weight(layer.get_base_layer()).float()
         expected = layers[name].get_base_layer().weight + layers[name].get_delta_weight("default")
         # The steps of 4 and of 8 bits between the largest and the smallest weight of a group.
@@ -210,7 +200,7 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
         assert torch.equal(layer.get_base_layer().bias, layers[name].get_base_layer().bias), name
     quantised.unmerge_adapter()
     assert all(torch.equal(value, base_weights(quantised)[name]) for name, value in before.items())
-    assert relative_error(output_of(quantised, INPUTS), unmerged) < rounding(plain)
+    assert relative_error(output_of(quantised, LLAMA_INPUTS), unmerged) < rounding(plain)
 
 
 @supported
@@ -220,11 +210,11 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
 @torch.no_grad()
 def test_merge_and_unload_gives_the_merged_model(backend, tuner):
     quantised, plain = pair(backend, tuner)
-    output_of(quantised, INPUTS)
+    output_of(quantised, LLAMA_INPUTS)
     twin = copy.deepcopy(quantised)
     twin.merge_adapter()
-    expected = output_of(twin, INPUTS)
-    assert relative_error(output_of(quantised.merge_and_unload().train(), INPUTS), expected) < rounding(plain)
+    expected = output_of(twin, LLAMA_INPUTS)
+    assert relative_error(output_of(quantised.merge_and_unload().train(), LLAMA_INPUTS), expected) < rounding(plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -237,9 +227,9 @@ def test_weight_norm_reads_the_dequantised_weight(backend, tuner):
         if isinstance(layer, ResLoRALayer):
             expected = layers[name].get_delta_weight("default")
             assert relative_error(layer.get_delta_weight("default"), expected) < rounding(plain)
-    assert output_of(quantised, INPUTS).isfinite().all(), "reading the weights broke the layers"
+    assert output_of(quantised, LLAMA_INPUTS).isfinite().all(), "reading the weights broke the layers"
     base_weights(quantised)
-    assert output_of(quantised, INPUTS).isfinite().all()
+    assert output_of(quantised, LLAMA_INPUTS).isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,8 +242,8 @@ def test_mixed_batches_use_each_rows_adapter(backend, tuner):
     expected = []
     for row, name in enumerate(("default", "other")):
         model.set_adapter(name)
-        expected.append(output_of(model, INPUTS)[row])
-    actual = model(**INPUTS, adapter_names=["default", "other"]).logits
+        expected.append(output_of(model, LLAMA_INPUTS)[row])
+    actual = model(**LLAMA_INPUTS, adapter_names=["default", "other"]).logits
     # 8-bit activations are scaled by what else is in the batch; nf4 has another kernel for single rows, in bfloat16.
     bound = {"int8": 0.1, "nf4": half_rounding(3 * 30, torch.bfloat16)}.get(backend, rounding(plain))
     assert relative_error(actual, torch.stack(expected)) < bound
@@ -264,7 +254,7 @@ def test_mixed_batches_use_each_rows_adapter(backend, tuner):
 def test_a_repacked_4bit_weight_is_refused(tuner):
     """bitsandbytes repacks in the first evaluation on some CPUs; PEFT would misread the weight."""
     model, _ = pair("nf4", tuner)
-    output_of(model, INPUTS)
+    output_of(model, LLAMA_INPUTS)
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     layer.get_base_layer().weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj.*repacked.*Load the base model again"):
@@ -292,12 +282,12 @@ def test_gptq_layers_keep_their_shortcuts(tuner):
 
     config = ResLoRAConfig(r=4, target_modules=TARGETS, shortcut=tuner)
     config._register_custom_module({_StandInGPTQ: GPTQLoraLinear})
-    model = randomize_adapters(get_peft_model(_replace_linears(base(), _StandInGPTQ), config)).train()
+    model = adapted(_replace_linears(base(), _StandInGPTQ), config).train()
     assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "GPTQLoraLinear"
-    plain = adapted(base(), tuner)
+    plain = in_training(base(), tuner)
     for candidate in (model, plain):
-        output_of(candidate, INPUTS).square().mean().backward()
-    assert_same_gradients(gradients(model), gradients(plain))
+        output_of(candidate, LLAMA_INPUTS).square().mean().backward()
+    assert_gradients_close(gradients(model), gradients(plain))
 
 
 @pytest.mark.support(

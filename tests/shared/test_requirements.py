@@ -7,17 +7,16 @@ import re
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
+from helpers.repository import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from peft_reslora import registration
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "peft_reslora_cli.py", *sorted((ROOT / "peft_reslora").rglob("*.py"))]
 OWN = {"peft_reslora", "peft_reslora_cli"}
+SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).rglob("*.py"))]
 # Taken without an import of ours: the Trainer and `Tensor.numpy` need them, and templates of model cards.
 INDIRECT = {"numpy", "jinja2"}
 
@@ -31,14 +30,18 @@ def section(name: str) -> dict[str, Requirement]:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Top-level name of each import, and whether it is inside a function."""
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    inside = {id(node) for f in ast.walk(tree) if isinstance(f, functions) for node in ast.walk(f)}
+    """Top-level name of each import, and whether it is inside a function or for a type checker only."""
+    inside = {id(node) for block in ast.walk(tree) if is_lazy(block) for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name.partition(".")[0], id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield str(node.module).partition(".")[0], id(node) in inside
+
+
+def is_lazy(block: ast.AST) -> bool:
+    typing_only = isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+    return typing_only or isinstance(block, (ast.FunctionDef, ast.AsyncFunctionDef))
 
 
 def test_every_import_is_declared():
@@ -50,8 +53,7 @@ def test_every_import_is_declared():
             if name in sys.stdlib_module_names or name in OWN:
                 continue
             seen.add(package)
-            may_lack = lazy or path.parent.name == "recipes"  # which nothing else imports at its top
-            assert package in core or (may_lack and package in optional), f"{path.name} imports {name}"
+            assert package in core or (lazy and package in optional), f"{path.name} imports {name}"
     assert {"torch", "peft", "packaging", "huggingface-hub"} <= seen
     assert core.keys() - seen == INDIRECT, "declared and not used"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.oracle import relative_error
+from helpers.tolerances import EPS
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -19,7 +21,6 @@ import peft_reslora  # noqa: F401
 DATA = Path(__file__).parents[1] / "data" / "saved_by_0_1_0"
 ADAPTERS = ["input", "middle_calibrated", "middle_annealed", "block", "mora"]
 WIDTH = 7
-EPS = torch.finfo(torch.float32).eps
 
 
 class Stack(nn.Module):
@@ -46,7 +47,7 @@ def base_and_input() -> tuple[Stack, torch.Tensor]:
 def assert_same(actual: torch.Tensor, recorded: torch.Tensor) -> None:
     """Equal up to the rounding of 18 layers' sums of at most 10 products, in any order."""
     assert float(recorded.norm()) > 1.0
-    assert float((actual - recorded).norm() / recorded.norm()) < 18 * 10 * EPS
+    assert relative_error(actual, recorded) < 18 * 10 * EPS
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

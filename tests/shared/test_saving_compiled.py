@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import randomize_adapters, relative_error
+from helpers.adapters import adapted
+from helpers.oracle import relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
@@ -25,7 +25,7 @@ CONFIGS = {
 def test_what_transformers_loads_is_checked_under_compile(tuner, fullgraph, tmp_path):
     torch._dynamo.reset()
     base, inputs = TINY_MODELS["llama"].make(), TINY_MODELS["llama"].inputs()
-    saved = randomize_adapters(get_peft_model(copy.deepcopy(base), CONFIGS[tuner]())).eval()
+    saved = adapted(copy.deepcopy(base), CONFIGS[tuner]())
     saved.save_pretrained(tmp_path / "whole")
     loaded = copy.deepcopy(base)
     loaded.load_adapter(str(tmp_path / "whole"))

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import TUNERS, adapted, config_of
 from helpers.oracle import randomize_adapters, relative_error
+from helpers.tiny_models import Block
+from helpers.tolerances import EPS
 from peft import (
     PeftModel,
     get_peft_model,
@@ -25,25 +28,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from peft_reslora import MoRAConfig, ResLoRAConfig, calibrate_merge
 from peft_reslora.training.annealing import anneal_shortcuts
 
-TUNERS = ["input", "block", "middle", "mora"]
-EPS = torch.finfo(torch.float32).eps
 WIDTH = 7
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, WIDTH + 3), nn.Linear(WIDTH + 3, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(WIDTH, WIDTH + 3) for _ in range(3))
         self.head = nn.Linear(WIDTH, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,20 +44,19 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def config_of(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
-    fields = {"r": 2, "target_modules": ["up", "down"], **fields}
-    if tuner == "mora":
-        return MoRAConfig(**fields)
-    return ResLoRAConfig(**fields, shortcut=tuner, norm_window=4)
+def net_config(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
+    window = {} if tuner == "mora" else {"norm_window": 4}
+    return config_of(tuner, **{"r": 2, "target_modules": ["up", "down"], **window, **fields})
 
 
-def adapted(tuner: str, base: nn.Module | None = None, name: str = "default", **fields: Any) -> PeftModel:
-    model = get_peft_model(Net() if base is None else base, config_of(tuner, **fields), name)
+def net_with(tuner: str, base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    """An adapted net, its biases too of random values."""
+    model = adapted(Net() if base is None else base, net_config(tuner, **fields))
     generator = torch.Generator().manual_seed(3)
-    for parameter in randomize_adapters(model).parameters():
-        if parameter.requires_grad and parameter.ndim == 1:  # biases
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim == 1:
             parameter.data += torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    return model
 
 
 def inputs(seed: int = 5) -> torch.Tensor:
@@ -101,14 +92,14 @@ BAD_NAMES = {
 @torch.no_grad()
 def test_a_name_that_saving_could_not_tell_apart_is_refused(tuner: str, tmp_path: Path) -> None:
     own = ["mora_M", "mora_dropout", "mora_stamp"] if tuner == "mora" else ["lora_A", "lora_dropout", "lora_norm"]
-    base, model = Net(), adapted(tuner)
+    base, model = Net(), net_with(tuner)
     model.save_pretrained(tmp_path)
     expected, modules, bare = model(inputs()), list(model.modules()), list(base.modules())
     for name, message in {**BAD_NAMES, **dict.fromkeys(own, "layers with adapters")}.items():
         for act in (
-            lambda name=name: get_peft_model(base, config_of(tuner), name),
-            lambda name=name: inject_adapter_in_model(config_of(tuner), base, name),
-            lambda name=name: model.add_adapter(name, config_of(tuner)),
+            lambda name=name: get_peft_model(base, net_config(tuner), name),
+            lambda name=name: inject_adapter_in_model(net_config(tuner), base, name),
+            lambda name=name: model.add_adapter(name, net_config(tuner)),
             lambda name=name: model.load_adapter(tmp_path, name),
         ):
             with pytest.raises(ValueError, match=rf"cannot be called '{name}': .*{message}.*Choose another"):
@@ -125,9 +116,9 @@ def test_a_name_that_saving_could_not_tell_apart_is_refused(tuner: str, tmp_path
 @pytest.mark.parametrize("name", ["lora", "other", "adapter0", "a b", "x-1_y", "10"])
 @torch.no_grad()
 def test_other_names_are_saved_and_loaded(tuner: str, name: str, tmp_path: Path) -> None:
-    model = adapted(tuner)
+    model = net_with(tuner)
     expected = model(inputs())
-    model.add_adapter(name, config_of(tuner, r=3))
+    model.add_adapter(name, net_config(tuner, r=3))
     randomize_adapters(model, seed=8)
     model.set_adapter(name)
     second = model(inputs())
@@ -160,9 +151,9 @@ def test_wrapped_blocks_are_saved_by_their_bare_names(tuner: str, wrapper: str, 
         net.blocks = nn.ModuleList(WRAPPERS[wrapper](block) for block in net.blocks)
         return net
 
-    plain = adapted(tuner, bias="all", modules_to_save=["head"])
+    plain = net_with(tuner, bias="all", modules_to_save=["head"])
     expected, tensors = plain(inputs()), get_peft_model_state_dict(plain)
-    wrapped = adapted(tuner, wrap(Net()) if when == "before" else None, bias="all", modules_to_save=["head"])
+    wrapped = net_with(tuner, wrap(Net()) if when == "before" else None, bias="all", modules_to_save=["head"])
     if when == "after":
         wrap(wrapped.base_model.model)
     assert get_peft_model_state_dict(wrapped).keys() == tensors.keys()
@@ -200,13 +191,13 @@ class FSDPLike(nn.Module):
 @torch.no_grad()
 def test_a_model_under_fsdp_is_saved_and_loaded(tuner: str, bias: str) -> None:
     bias = {"only": "mora_only" if tuner == "mora" else "lora_only"}.get(bias, bias)
-    model = adapted(tuner, bias=bias, modules_to_save=["head"])
+    model = net_with(tuner, bias=bias, modules_to_save=["head"])
     expected, tensors = model(inputs()), get_peft_model_state_dict(model)
     wrapped = FSDPLike(model)
     found = get_peft_model_state_dict(wrapped)
     assert found.keys() == tensors.keys()
     found = {key: tensor.clone() for key, tensor in found.items()}
-    other = adapted(tuner, bias=bias, modules_to_save=["head"])
+    other = net_with(tuner, bias=bias, modules_to_save=["head"])
     for parameter in other.parameters():
         if parameter.requires_grad:
             parameter.zero_()
@@ -218,7 +209,7 @@ def test_a_model_under_fsdp_is_saved_and_loaded(tuner: str, bias: str) -> None:
 def test_a_state_dict_of_parameters_alone_is_completed(tmp_path: Path) -> None:
     """As training scripts for DeepSpeed and FSDP collect it."""
     for tuner in TUNERS:
-        model = adapted(tuner)
+        model = net_with(tuner)
         model.train()(inputs())
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         model.save_pretrained(tmp_path / tuner, state_dict=parameters)
@@ -238,11 +229,11 @@ def test_a_state_dict_of_parameters_alone_is_completed(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_biases_and_whole_modules_come_back(tuner: str, bias: str, tmp_path: Path) -> None:
     bias = {"only": "mora_only" if tuner == "mora" else "lora_only"}.get(bias, bias)
-    model = adapted(tuner, bias=bias, modules_to_save=["head"])
+    model = net_with(tuner, bias=bias, modules_to_save=["head"])
     model.save_pretrained(tmp_path)
     expected = model(inputs())
     assert_same(PeftModel.from_pretrained(Net(), tmp_path)(inputs()), expected)
-    injected = inject_adapter_in_model(config_of(tuner, bias=bias, modules_to_save=["head"]), Net())
+    injected = inject_adapter_in_model(net_config(tuner, bias=bias, modules_to_save=["head"]), Net())
     tensors = load_file(tmp_path / "adapter_model.safetensors")  # PEFT finds whole modules by keys without a prefix
     set_peft_model_state_dict(injected, {k.removeprefix("base_model.model."): t for k, t in tensors.items()})
     assert_same(injected.eval()(inputs()), expected)
@@ -250,7 +241,7 @@ def test_biases_and_whole_modules_come_back(tuner: str, bias: str, tmp_path: Pat
 
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_what_peft_would_drop_is_refused(tuner: str, tmp_path: Path) -> None:
-    model = adapted(tuner, bias="all", modules_to_save=["head"])
+    model = net_with(tuner, bias="all", modules_to_save=["head"])
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -271,8 +262,8 @@ def test_a_combination_of_adapters_with_a_rank_pattern_loads(
     shortcut: str, use_rslora: bool, combination: str, tmp_path: Path
 ) -> None:
     fields = {"rank_pattern": {"blocks.1.up": 1, "down": 1}, "alpha_pattern": {"down": 3}, "use_rslora": use_rslora}
-    model = adapted(shortcut, **fields)
-    model.add_adapter("second", config_of(shortcut, **fields))
+    model = net_with(shortcut, **fields)
+    model.add_adapter("second", net_config(shortcut, **fields))
     randomize_adapters(model, seed=4)
     model.add_weighted_adapter(["default", "second"], [0.7, 0.6], "both", combination_type=combination)
     model.set_adapter("both")
@@ -283,8 +274,8 @@ def test_a_combination_of_adapters_with_a_rank_pattern_loads(
 
 
 def test_a_combination_of_calibrated_adapters_is_not_calibrated(tmp_path: Path) -> None:
-    model = adapted("input")
-    model.add_adapter("second", config_of("input"))
+    model = net_with("input")
+    model.add_adapter("second", net_config("input"))
     randomize_adapters(model, seed=4)
     calibrate_merge(model, [{"x": torch.randn(30, 2, WIDTH)}], ridge=0.1)
     model.add_weighted_adapter(["default", "second"], [0.7, 0.6], "both", combination_type="cat")
@@ -303,7 +294,7 @@ def test_a_combination_of_calibrated_adapters_is_not_calibrated(tmp_path: Path) 
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
 def test_hotswapping_is_refused(tuner: str, tmp_path: Path) -> None:
-    model = adapted(tuner)
+    model = net_with(tuner)
     model.save_pretrained(tmp_path)
     expected = model(inputs())
     with pytest.raises(ValueError, match="Hotswapping only supports"):
@@ -311,7 +302,7 @@ def test_hotswapping_is_refused(tuner: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     named = {key.replace(".weight", ".default.weight"): tensor * 2 for key, tensor in tensors.items()}
     with pytest.raises((RuntimeError, KeyError)):
-        hotswap_adapter_from_state_dict(model, named, "default", config_of(tuner))
+        hotswap_adapter_from_state_dict(model, named, "default", net_config(tuner))
     assert torch.equal(model(inputs()), expected)
 
 
@@ -320,7 +311,7 @@ def test_hotswapping_is_refused(tuner: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_memory_that_was_not_written_is_no_record(device: str) -> None:
-    model = adapted("input")
+    model = net_with("input")
     model.train()(inputs())
     assert sum(int((layer.lora_norm["default"] >= 0).sum()) for layer in layers(model)) == 6
     moved = copy.deepcopy(model).to(torch.float64).to("cpu")
@@ -336,7 +327,7 @@ def test_memory_that_was_not_written_is_no_record(device: str) -> None:
 
 
 def test_an_estimate_that_was_emptied_is_none() -> None:
-    model = adapted("middle")
+    model = net_with("middle")
     calibrate_merge(model, [{"x": torch.randn(30, 2, WIDTH)}], ridge=0.1)
     saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.to_empty(device="cpu")
@@ -354,7 +345,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def test_an_adapter_with_the_config_of_an_annealed_one_is_not_used_without_its_estimate() -> None:
-    model = adapted("input")
+    model = net_with("input")
     model.train()(inputs())
     anneal_shortcuts(model.eval(), 1.0)
     expected = model(inputs())
@@ -369,7 +360,7 @@ def test_an_adapter_with_the_config_of_an_annealed_one_is_not_used_without_its_e
 @torch.no_grad()
 def test_going_back_to_before_the_annealing(tmp_path: Path) -> None:
     """As `load_best_model_at_end` does."""
-    model = adapted("input")
+    model = net_with("input")
     model.train()(inputs())
     model.eval().save_pretrained(tmp_path / "before")
     before = model(inputs())
@@ -388,9 +379,9 @@ def test_going_back_to_before_the_annealing(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_model_that_waits_for_stamps_is_compiled_and_copied(tuner: str) -> None:
     """One that was made with the config of a saved adapter."""
-    config = config_of(tuner)
+    config = net_config(tuner)
     config.stamped = True
-    model = randomize_adapters(get_peft_model(Net(), config)).eval()
+    model = adapted(Net(), config)
     assert any(name.endswith(("lora_magnitude_vector.default", "mora_stamp.default")) for name in model.state_dict())
     copied = copy.deepcopy(model)
     run = torch.compile(model, backend="eager", fullgraph=True)

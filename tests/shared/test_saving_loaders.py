@@ -15,8 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import adapted, config_of
+from helpers.calibration import record_norms
+from helpers.consumers import CONSUMERS, Refused
+from helpers.exports import read_folder
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
+from helpers.tolerances import EPS
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -27,7 +32,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from test_consumers import CONSUMERS, Refused, read
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -39,14 +43,11 @@ TINY = TINY_MODELS["llama"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA = "pytorch_lora_weights.safetensors"
 KINDS = ["input", "block", "middle", "middle-calibrated", "middle-annealed", "mora", "input-annealed"]
-EPS = torch.finfo(torch.float32).eps
 
 
-def config_of(kind: str) -> PeftConfig:
-    fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    if kind == "mora":
-        return MoRAConfig(**fields)
-    return ResLoRAConfig(**fields, shortcut=kind.split("-")[0], norm_window=4, lora_alpha=7)
+def config_of_kind(kind: str) -> PeftConfig:
+    fields = {} if kind == "mora" else {"norm_window": 4, "lora_alpha": 7}
+    return config_of(kind.split("-")[0], r=3, target_modules=["q_proj", "v_proj", "down_proj"], **fields)
 
 
 @functools.cache
@@ -56,12 +57,10 @@ def _prepared(kind: str) -> tuple[Path, nn.Module, dict[str, Any], torch.Tensor]
     torch.manual_seed(0)
     base = TINY.make()
     base.save_pretrained(folder / "base")
-    model = randomize_adapters(get_peft_model(base, config_of(kind)))
+    model = adapted(base, config_of_kind(kind))
     if kind not in ("mora", "block"):
-        model.train()
-        output_of(model, TINY.inputs())
-    model.eval()
-    batches = [TINY.inputs() for _ in range(4)]
+        record_norms(model, TINY.batches(1))
+    batches = TINY.batches(4)
     if kind.endswith("calibrated"):
         calibrate_merge(model, batches, ridge=1e-2)
     if kind.endswith("annealed"):
@@ -229,8 +228,8 @@ def test_the_config_of_another_adapter_is_noticed(change: str, load: Callable[..
 def test_loading_over_an_adapter_that_computes_otherwise_is_refused(change: str, tmp_path: Path) -> None:
     kind, fields = CHANGES[change]
     base, _, inputs, expected = saved(kind, tmp_path)
-    other = type(config_of(kind))(**{"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], **fields})
-    model = randomize_adapters(get_peft_model(base, other)).eval()
+    other = type(config_of_kind(kind))(**{"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], **fields})
+    model = adapted(base, other)
     before = output_of(model, inputs)
     for load in (
         lambda: model.load_adapter(tmp_path / "adapter", "default"),
@@ -248,9 +247,9 @@ def test_loading_over_an_adapter_that_computes_otherwise_is_refused(change: str,
 @torch.no_grad()
 def test_another_rank_over_an_adapter_changes_nothing(kind: str, tmp_path: Path) -> None:
     base, _, inputs, _ = saved(kind, tmp_path)
-    config = config_of(kind)
+    config = config_of_kind(kind)
     config.r = 5
-    model = randomize_adapters(get_peft_model(base, config)).eval()
+    model = adapted(base, config)
     before = output_of(model, inputs)
     with pytest.raises(ValueError, match="does not fit"):
         model.load_adapter(tmp_path / "adapter", "default")
@@ -382,7 +381,7 @@ def test_consumers_of_loras_refuse_a_native_folder(kind: str, tmp_path: Path) ->
     saved(kind, tmp_path)
     for read_by in CONSUMERS.values():
         with pytest.raises((Refused, KeyError)):
-            read_by(*read(tmp_path / "adapter"))
+            read_by(*read_folder(tmp_path / "adapter")[:2])
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])

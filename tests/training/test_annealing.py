@@ -7,20 +7,19 @@ import logging
 
 import pytest
 import torch
+from helpers.adapters import ESTIMATED, base_and_adapted
+from helpers.calibration import batches_of, record_norms
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, llama, output_of
 from helpers.tolerances import MODEL64, rounding
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_calibrate import ESTIMATED, batches_of
-from test_forward import adapted
-from test_merge import record_norms
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_reslora import ResLoRAConfig, export_lora
 from peft_reslora.reslora import calibrate_merge, merge_report
-from peft_reslora.reslora.merging.estimators import merged_factors_from_state_dict
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
 from peft_reslora.training.annealing import ShortcutAnnealing, anneal_shortcuts, annealed_share
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -29,14 +28,14 @@ INPUTS = batches_of(1)[0]
 
 
 def weight_norm_model(shortcut: str, pre_num: int, **fields: object) -> tuple[nn.Module, nn.Module]:
-    return adapted("llama", shortcut, pre_num, merge_estimator="weight_norm", **fields)
+    return base_and_adapted("llama", shortcut, pre_num, merge_estimator="weight_norm", **fields)
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 @pytest.mark.parametrize("estimator", ["drop", "input_norm", "weight_norm", "least_squares"])
 def test_an_annealed_adapter_merges_exactly(shortcut, pre_num, estimator, caplog):
-    _, model = adapted("llama", shortcut, pre_num, merge_estimator=estimator)
-    record_norms(model, "llama")
+    _, model = base_and_adapted("llama", shortcut, pre_num, merge_estimator=estimator)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
     batches = batches_of() if estimator == "least_squares" else None
     for share in (0.0, 0.3, 1.0):
         anneal_shortcuts(model, share, batches=batches)
@@ -101,10 +100,8 @@ def test_saved_and_loaded_adapters_stay_exact_and_export_needs_no_estimator(shor
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert relative_error(output_of(loaded, INPUTS), expected) < MODEL64
     assert export_lora(loaded).state_dict
-    pairs = merged_factors_from_state_dict(
-        model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors")
-    )
-    assert {A.shape[0] for A, _ in pairs.values()} == {3}
+    merges = merges_from_state_dict(model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors"))
+    assert {merge.factors(position)[0].shape[0] for merge, position in merges.values()} == {3}
     assert relative_error(output_of(loaded.merge_and_unload(), INPUTS), expected) < MODEL64
 
 
@@ -192,7 +189,7 @@ def test_annealed_adapters_are_not_calibrated_again():
     ],
 )
 def test_what_cannot_be_annealed_is_refused(shortcut, estimator, share, message):
-    _, model = adapted("llama", shortcut, 1, merge_estimator=estimator)
+    _, model = base_and_adapted("llama", shortcut, 1, merge_estimator=estimator)
     with pytest.raises(ValueError, match=message):
         anneal_shortcuts(model, share)
     assert not any("lora_annealed" in name for name, _ in model.named_buffers())

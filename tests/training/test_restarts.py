@@ -1,4 +1,4 @@
-"""Merge and restart: no jump, the right optimiser state and learning rate, resuming, refusals. Real Trainer runs."""
+"""Merge and restart: no jump, the right optimizer state and learning rate, resuming, refusals. Real Trainer runs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import pytest
 import torch
 from helpers.tiny_models import TINY_MODELS
 from helpers.tolerances import MODEL64
+from helpers.training import losses_of
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
-from peft_reslora.training.restarts import (
-    RESTARTS_FILE,
+from peft_reslora.training import (
     MergeAndRestartCallback,
     check_restartable,
     load_base_weights,
     merge_and_restart,
     rewarm,
     save_base_weights,
-    warmup_factor,
 )
+from peft_reslora.training.restart_weights import RESTARTS_FILE
+from peft_reslora.training.rewarming import warmup_factor
 
 pytestmark = pytest.mark.usefixtures("float64")
 TARGETS = TINY_MODELS["llama"].targets
@@ -114,10 +115,6 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @each_method
@@ -273,7 +270,7 @@ def test_resumed_run_equals_the_uninterrupted_one(method: str, interrupted: int,
     folder = str(tmp_path / f"checkpoint-{interrupted}")
     trainer = train(resumed, tmp_path, MergeAndRestartCallback(3, warmup_steps=2), record, resume=folder, **run)
     assert sorted(record.rates) == list(range(interrupted, 9))
-    assert losses(trainer) == pytest.approx(losses(uninterrupted), rel=MODEL64)
+    assert losses_of(trainer) == pytest.approx(losses_of(uninterrupted), rel=MODEL64)
     assert (logits(resumed) - logits(whole)).abs().max() < MODEL64
     rates = [[e["learning_rate"] for e in t.state.log_history if "loss" in e] for t in (trainer, uninterrupted)]
     assert rates[0] == pytest.approx(rates[1])
@@ -286,7 +283,7 @@ def test_checkpoint_elsewhere_is_resumed_where_it_is_named(tmp_path: Path) -> No
         train(build(CONFIGS["lora"]()), tmp_path / "second", MergeAndRestartCallback(3), resume=str(moved), **RUN)
     callback = MergeAndRestartCallback(3, resume_from=moved)
     second = train(build(CONFIGS["lora"]()), tmp_path / "second", callback, resume=str(moved), **RUN)
-    assert losses(second) == pytest.approx(losses(first), rel=MODEL64)
+    assert losses_of(second) == pytest.approx(losses_of(first), rel=MODEL64)
 
 
 def test_resuming_refuses_missing_damaged_and_foreign_base_weights(tmp_path: Path) -> None:
@@ -317,7 +314,7 @@ def test_same_callback_resumes_a_fresh_model(tmp_path: Path) -> None:
     callback = MergeAndRestartCallback(3)
     first = train(build(CONFIGS["lora"]()), tmp_path, callback, **RUN)
     second = train(build(CONFIGS["lora"]()), tmp_path, callback, resume=str(tmp_path / "checkpoint-5"), **RUN)
-    assert losses(second) == pytest.approx(losses(first), rel=MODEL64)
+    assert losses_of(second) == pytest.approx(losses_of(first), rel=MODEL64)
 
 
 @pytest.mark.slow
@@ -396,13 +393,19 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
     "input": (ResLoRAConfig(shortcut="input", target_modules=UP), None, "shortcut='input'.*take shortcut='block'"),
     "middle": (ResLoRAConfig(shortcut="middle", target_modules=UP), None, "shortcut='middle'.*estimate"),
     "dora": (LoraConfig(use_dora=True, target_modules=UP), None, "DoraLinearVariant.*take plain LoRA"),
+    "reslora-adalora": (
+        ResLoRAConfig(total_step=9, target_modules=UP),
+        None,
+        r"AdaLoRA \(total_step\).*leave total_step out",
+    ),
+    "reslora-dora": (ResLoRAConfig(use_dora=True, target_modules=UP), None, "use_dora=True.*leave it out"),
     "pissa": (LoraConfig(init_lora_weights="pissa", target_modules=UP), None, "init_lora_weights='pissa'.*take True"),
     "random": (LoraConfig(init_lora_weights=False, target_modules=UP), None, "init_lora_weights=False.*take True"),
     "adalora": (AdaLoraConfig(total_step=10, target_modules=UP), None, "type ADALORA.*train without restarts"),
     "loha": (LoHaConfig(target_modules=UP), None, "type LOHA.*Take LoRA"),
     "embedding": (LoraConfig(target_modules=["embed_tokens"]), None, "Embedding.*target linear layers only"),
     "half": (LoraConfig(target_modules=UP), lambda m: m.half(), "torch.float16.*rounded.*float32.*bf16=True"),
-    "quantised": (LoraConfig(target_modules=UP), quantise, "type FakeQuantised.*load it unquantised"),
+    "quantised": (LoraConfig(target_modules=UP), quantise, "type FakeQuantised.*load it unquantized"),
     "tied": (LoraConfig(target_modules=UP), tie, "shares its base weight with another module.*do not target"),
     "merged": (LoraConfig(target_modules=UP), lambda m: m.merge_adapter(), "merged.*unmerge_adapter"),
     "meta": (LoraConfig(target_modules=UP), lambda m: m.to("meta"), "sharded or offloaded"),

@@ -10,26 +10,25 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from helpers.adapters import TUNERS, VARIANTS, adapted, config_of
+from helpers.gradients import assert_gradients_close, gradients
 from helpers.oracle import randomize_adapters, relative_error
-from helpers.tiny_models import TINY_MODELS, llama, output_of, unet
+from helpers.tiny_models import LLAMA_INPUTS, TINY_MODELS, llama, output_of, unet
 from helpers.tolerances import MODEL64, half_rounding, rounding
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, set_peft_model_state_dict
+from helpers.training import losses_of
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from test_forward import VARIANTS
-from test_relay import assert_same_gradients, gradients
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from peft_reslora import MoRAConfig, ResLoRAConfig
+from peft_reslora import ResLoRAConfig
 
-TUNERS = ["input", "block", "middle", "mora"]
 TARGETS = TINY_MODELS["llama"].targets
 float64 = pytest.mark.usefixtures("float64")
 
 
-def config_of(tuner: str, **fields: Any) -> ResLoRAConfig | MoRAConfig:
-    fields = {"r": 4, "target_modules": TARGETS, **fields}
-    return MoRAConfig(**fields) if tuner == "mora" else ResLoRAConfig(**fields, shortcut=tuner)
+def llama_config(tuner: str, **fields: Any) -> PeftConfig:
+    return config_of(tuner, **{"r": 4, "target_modules": TARGETS, **fields})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -64,10 +63,6 @@ def options(output_dir: Any, **fields: Any) -> dict[str, Any]:
     }
 
 
-def losses_of(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def norms_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers() if "lora_norm" in name}
 
@@ -83,7 +78,7 @@ def test_a_resumed_trainer_run_is_the_uninterrupted_one(tuner, checkpointing, tm
 
     def trainer(folder: str) -> Trainer:
         model = get_peft_model(
-            TINY_MODELS["llama"].make(), config_of(tuner, **({} if tuner == "mora" else {"lora_dropout": 0.1}))
+            TINY_MODELS["llama"].make(), llama_config(tuner, **({} if tuner == "mora" else {"lora_dropout": 0.1}))
         )
         arguments = options(tmp_path / folder, max_steps=6, save_strategy="steps", save_steps=3)
         return Trainer(model, TrainingArguments(**arguments, gradient_checkpointing=checkpointing), train_dataset=rows)
@@ -116,7 +111,7 @@ def test_trl_sft_trains(tuner, tmp_path):
         args=trl.SFTConfig(**options(tmp_path, max_steps=8, num_train_epochs=8), max_length=16),
         train_dataset=Dataset.from_dict({"text": sentences(2, 8)}),
         processing_class=tokenizer(),
-        peft_config=config_of(tuner, task_type="CAUSAL_LM"),
+        peft_config=llama_config(tuner, task_type="CAUSAL_LM"),
     )
     trainer.train()
     losses = losses_of(trainer)
@@ -141,7 +136,7 @@ def test_trl_dpo_trains_against_its_reference(tuner, trained_before, tmp_path, r
 
     prompts, answers = sentences(4, 4), sentences(8, 5)
     columns = {"prompt": prompts, "chosen": [f" {a}" for a in answers[:4]], "rejected": [f" {a}" for a in answers[4:]]}
-    config = config_of(tuner, task_type="CAUSAL_LM")
+    config = llama_config(tuner, task_type="CAUSAL_LM")
     model = randomize_adapters(get_peft_model(llama(), config)) if trained_before else llama()
     trainer = trl.DPOTrainer(
         model=model,
@@ -176,7 +171,7 @@ def test_trl_grpo_trains(tuner, tmp_path):
         args=trl.GRPOConfig(**options(tmp_path), num_generations=2, max_completion_length=4),
         train_dataset=Dataset.from_dict({"prompt": sentences(4, 4)}),
         processing_class=tokenizer(),
-        peft_config=config_of(tuner, task_type="CAUSAL_LM"),
+        peft_config=llama_config(tuner, task_type="CAUSAL_LM"),
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
@@ -191,14 +186,14 @@ def test_transformers_add_adapter_trains_like_get_peft_model(tuner):
     torch.manual_seed(0)
     native, wrapped = llama(), llama()
     wrapped.load_state_dict(native.state_dict())
-    native.add_adapter(config_of(tuner))
-    wrapped = randomize_adapters(get_peft_model(wrapped, config_of(tuner)))
+    native.add_adapter(llama_config(tuner))
+    wrapped = randomize_adapters(get_peft_model(wrapped, llama_config(tuner)))
     randomize_adapters(native)
     inputs = TINY_MODELS["llama"].inputs()
     for model in (native.train(), wrapped.train()):
         output_of(model, inputs).square().mean().backward()
     expected = {name.removeprefix("base_model.model."): grad for name, grad in gradients(wrapped).items()}
-    assert_same_gradients(gradients(native), expected)
+    assert_gradients_close(gradients(native), expected)
 
 
 @float64
@@ -214,14 +209,14 @@ def test_diffusers_add_adapter_trains(tuner, checkpointing):
     tiny = TINY_MODELS["unet"]
     inputs = tiny.inputs()
     for model in models:
-        model.add_adapter(config_of(tuner, target_modules=tiny.targets))
+        model.add_adapter(llama_config(tuner, target_modules=tiny.targets))
         randomize_adapters(model).train()
     if checkpointing:
         models[0].enable_gradient_checkpointing()
         inputs["sample"].requires_grad_()
     for model in models:
         output_of(model, inputs).square().mean().backward()
-    assert_same_gradients(gradients(models[0]), gradients(models[1]))
+    assert_gradients_close(gradients(models[0]), gradients(models[1]))
 
 
 @float64
@@ -231,7 +226,7 @@ def test_auto_classes_and_is_trainable_continue_training(tuner, tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
     base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
-    model = randomize_adapters(get_peft_model(base, config_of(tuner, task_type="CAUSAL_LM"))).train()
+    model = adapted(base, llama_config(tuner, task_type="CAUSAL_LM")).train()
     inputs = TINY_MODELS["llama"].inputs()
     output_of(model, inputs).square().mean().backward()
     expected = gradients(model)
@@ -241,15 +236,12 @@ def test_auto_classes_and_is_trainable_continue_training(tuner, tmp_path):
         PeftModel.from_pretrained(model.unload(), tmp_path / "adapter", is_trainable=True),
     ):
         output_of(loaded.train(), inputs).square().mean().backward()
-        assert_same_gradients(gradients(loaded), expected)
-
-
-INPUTS = {"input_ids": torch.randint(1, 53, (2, 7), generator=torch.Generator().manual_seed(0))}
+        assert_gradients_close(gradients(loaded), expected)
 
 
 def randomized(tuner: str, pre_num: int = 1) -> nn.Module:
     fields = {} if tuner == "mora" else {"pre_num": pre_num}
-    return randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config_of(tuner, **fields))).eval()
+    return adapted(TINY_MODELS["llama"].make(), llama_config(tuner, **fields))
 
 
 @float64
@@ -265,11 +257,11 @@ def test_saved_tensor_offloading_keeps_the_gradient(checkpointing, tuner, pre_nu
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for _ in range(2):
-        output_of(plain, INPUTS).square().mean().backward()
+        output_of(plain, LLAMA_INPUTS).square().mean().backward()
         with torch.autograd.graph.save_on_cpu():
-            loss = output_of(model, INPUTS).square().mean()
+            loss = output_of(model, LLAMA_INPUTS).square().mean()
         loss.backward()
-    assert_same_gradients(gradients(model), gradients(plain))
+    assert_gradients_close(gradients(model), gradients(plain))
 
 
 def offloaded(model: nn.Module, how: str, folder: str) -> nn.Module:
@@ -294,14 +286,14 @@ def offloaded(model: nn.Module, how: str, folder: str) -> nn.Module:
 def test_offloaded_models_infer_right_and_refuse_to_train(how, tuner, pre_num, tmp_path):
     model = randomized(tuner, pre_num)
     with torch.no_grad():
-        expected = output_of(model, INPUTS)
+        expected = output_of(model, LLAMA_INPUTS)
         model = offloaded(model, how, str(tmp_path))
         for _ in range(2):
-            assert relative_error(output_of(model, INPUTS), expected) < MODEL64
+            assert relative_error(output_of(model, LLAMA_INPUTS), expected) < MODEL64
     with pytest.raises(
         RuntimeError, match=r"layer '?model\.layers\.\d\..*offloaded while gradients are enabled.*no_grad"
     ):
-        output_of(model, INPUTS)
+        output_of(model, LLAMA_INPUTS)
 
 
 @float64
@@ -323,15 +315,15 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
         max_position_embeddings=32,
     )
     fields = {} if tuner == "mora" else {"pre_num": pre_num}
-    adapter = config_of(tuner, target_modules=["query", "ffn"], **fields)
+    adapter = llama_config(tuner, target_modules=["query", "ffn"], **fields)
     torch.manual_seed(0)
-    model = randomize_adapters(get_peft_model(AlbertModel(config), adapter)).eval()
+    model = adapted(AlbertModel(config), adapter)
     if tuner in ("input", "middle"):
         with pytest.raises(RuntimeError, match=r"ran again in one call of the model.*shortcut='block'"):
-            model(**INPUTS)
+            model(**LLAMA_INPUTS)
         return
-    unmerged = model(**INPUTS).last_hidden_state
-    assert relative_error(model.merge_and_unload()(**INPUTS).last_hidden_state, unmerged) < MODEL64
+    unmerged = model(**LLAMA_INPUTS).last_hidden_state
+    assert relative_error(model.merge_and_unload()(**LLAMA_INPUTS).last_hidden_state, unmerged) < MODEL64
 
 
 @pytest.mark.support("bf16 and fp16 autocast")
@@ -340,14 +332,14 @@ def test_layers_that_run_several_times_are_right_or_refused(tuner, pre_num):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast_gradients_are_those_of_float32_up_to_rounding(checkpointing, dtype, tuner):
-    plain = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config_of(tuner))).train()
+    plain = adapted(TINY_MODELS["llama"].make(), llama_config(tuner)).train()
     model = copy.deepcopy(plain)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    output_of(plain, INPUTS).square().mean().backward()
+    output_of(plain, LLAMA_INPUTS).square().mean().backward()
     with torch.autocast("cpu", dtype=dtype):
-        loss = output_of(model, INPUTS).float().square().mean()
+        loss = output_of(model, LLAMA_INPUTS).float().square().mean()
     loss.backward()
     assert_close_gradients(model, plain, dtype)
 
@@ -356,14 +348,14 @@ def test_autocast_gradients_are_those_of_float32_up_to_rounding(checkpointing, d
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_bf16_base_models_train(autocast_adapter_dtype, tuner):
-    plain = randomize_adapters(get_peft_model(TINY_MODELS["llama"].make(), config_of(tuner))).train()
+    plain = adapted(TINY_MODELS["llama"].make(), llama_config(tuner)).train()
     base = TINY_MODELS["llama"].make().to(torch.bfloat16)
-    model = get_peft_model(base, config_of(tuner), autocast_adapter_dtype=autocast_adapter_dtype)
+    model = get_peft_model(base, llama_config(tuner), autocast_adapter_dtype=autocast_adapter_dtype)
     randomize_adapters(model).train()
     wanted = torch.float32 if autocast_adapter_dtype else torch.bfloat16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
     for candidate in (plain, model):
-        output_of(candidate, INPUTS).float().square().mean().backward()
+        output_of(candidate, LLAMA_INPUTS).float().square().mean().backward()
     assert_close_gradients(model, plain, torch.bfloat16)
     assert all(window.dtype == torch.float32 for window in norms_of(model).values())
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, Factors, LinearBlock, readable
-from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.shared.offloading import held_tensor
 
 SINGULAR_VALUES = "lora_E"  # PEFT's name
@@ -33,10 +32,6 @@ class AdaloraBlock(LinearBlock):
 
     names: ClassVar[tuple[str, ...]] = (*FACTOR_NAMES, SINGULAR_VALUES)
     __slots__ = ()
-
-    @staticmethod
-    def divisor(config: ResLoRAConfig, rank: int) -> float:
-        return config.init_r + 1e-5
 
     @property
     def singular_values(self) -> nn.Parameter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
 from peft_reslora.reslora.sums import SharedSum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
 from peft_reslora.shared.offloading import held_tensor
+from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A, B
 Term = tuple[torch.Tensor, torch.Tensor, float]  # A, B and s of one layer whose update takes part
@@ -39,11 +38,6 @@ class LinearBlock:
         self.layer = layer
         self.adapter_name = adapter_name
 
-    @staticmethod
-    def divisor(config: ResLoRAConfig, rank: int) -> float:
-        """What alpha is divided by to give s."""
-        return math.sqrt(rank) if config.use_rslora else rank
-
     @property
     def modules(self) -> tuple[nn.Linear, nn.Linear]:
         """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
@@ -55,7 +49,7 @@ class LinearBlock:
 
     @property
     def scaling(self) -> float:
-        """s: alpha / `divisor`, times what `set_scale` has set."""
+        """s: that of the config, times what `set_scale` has set."""
         return self.layer.scaling[self.adapter_name]
 
     @property
@@ -158,16 +152,8 @@ def readable(weight: torch.Tensor, name: str, advice: str) -> torch.Tensor:
         RuntimeError: if it is sharded or offloaded; it names the layer and ends with `advice`.
     """
     if not is_readable(weight):
-        raise RuntimeError(
-            f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read outside of its forward "
-            f"pass. {advice}"
-        )
+        raise RuntimeError(f"The LoRA factors of layer {name!r} are {NOT_HERE} outside of its forward pass. {advice}")
     return weight
-
-
-def is_readable(weight: torch.Tensor) -> bool:
-    """Whether the numbers of a factor are all here."""
-    return not (isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0)
 
 
 def is_plain(linear: nn.Module) -> bool:

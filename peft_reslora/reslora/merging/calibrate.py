@@ -1,4 +1,4 @@
-"""`calibrate_merge`: the shortcut as the best linear map of the layer's own input.
+"""`calibrate_merge`: C_n as the best linear map of the layer's own input.
 
 The term that a shortcut adds to A_n x_n is t_n = A_n x_{n-1} for 'input' and sum_k A_{n-k} x_{n-k} for 'middle'. Over
 calibration tokens, C_n = argmin_C sum |t_n - C x_n|^2 + ridge |C|^2, and the merged factor is A_n + C_n.
@@ -7,28 +7,23 @@ calibration tokens, C_n = argmin_C sum |t_n - C x_n|^2 + ridge |C|^2, and the me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_reslora.reslora.blocks.linear import is_readable
-from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.linking import chains_of
+from peft_reslora.reslora.merging.observe import Batch, observed
 from peft_reslora.shared.precision import full_precision
-from peft_reslora.shared.tensors import widen
+from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _HELD_OUT = 4  # one sequence in so many chooses the ridge
 _GIB = 2**30
-
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,13 @@ class Moments:
 
     @property
     def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """X^T X, X^T T and the sum of all T^2 over all tokens so far."""
         self._count()
         xx, xt, tt = self._sums
         return xx, xt, tt
 
     def merge(self, other: Moments) -> None:
+        """Count in all tokens of `other`."""
         for total, more in zip(self.sums, other.sums, strict=True):
             total += more
 
@@ -86,12 +83,12 @@ class Moments:
 def ridge_regression(moments: Moments, ridge: float) -> torch.Tensor | None:
     """C `(r, in)` that minimises sum |t - C x|^2 + ridge m |C|^2, with m the mean of the diagonal of X^T X.
 
-    None where the regularised matrix is singular.
+    None where the regularized matrix is singular.
     """
     xx, xt, _ = moments.sums
-    regularised = xx.clone()
-    regularised.diagonal().add_(ridge * xx.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(regularised)
+    regularized = xx.clone()
+    regularized.diagonal().add_(ridge * xx.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(regularized)
     return None if info.item() else torch.cholesky_solve(xt, factor).t()
 
 
@@ -125,7 +122,7 @@ def calibrate_merge(
     ridge: float | None = None,
     *,
     max_memory: float = 4 * _GIB,
-    progress: bool = False,
+    progressbar: bool = False,
 ) -> dict[str, LayerFit]:
     """Fit C_n on every linked layer, so that merge_estimator 'least_squares' can be used, and choose that estimator.
 
@@ -142,7 +139,7 @@ def calibrate_merge(
             in four when fitted on the others; the fit itself then takes all.
         max_memory: bytes for the sums over tokens. A layer needs 24 in_features^2 of them; what does not fit at once
             takes another pass over `batches`.
-        progress: show a progress bar.
+        progressbar: show how many batches are done.
 
     Returns:
         The ridge and the error of each fit, by the layer's name.
@@ -160,7 +157,7 @@ def calibrate_merge(
     groups = _groups([(chain, n) for chain in chains for n in range(1, len(chain.layers))], max_memory)
     total = len(groups) * len(batches) if isinstance(batches, Sized) else None
     found: dict[str, tuple[torch.Tensor, LayerFit]] = {}
-    with tqdm(total=total, desc="Calibrating", unit="batch", disable=not progress) as bar:
+    with tqdm(total=total, desc="Calibrating", unit="batch", disable=not progressbar) as bar:
         for group in groups:
             sums = _sums_of(model, batches, group, bar)
             while sums:
@@ -189,8 +186,8 @@ def ready_chains(model: nn.Module, adapter_name: str) -> list[Chain]:
         for name, layer in zip(chain.names, chain.layers, strict=True):
             if not all(map(is_readable, layer.block_of(adapter_name).weights)):
                 raise ValueError(
-                    f"The LoRA factors of layer {name!r} are sharded or offloaded and cannot be read. Load the model "
-                    "without sharding and offloading for this."
+                    f"The LoRA factors of layer {name!r} are {NOT_HERE}. Load the model without sharding and "
+                    "offloading for this."
                 )
             if layer.merged:
                 raise ValueError(
@@ -282,114 +279,3 @@ def _fit(fit: Moments, held_out: Moments, ridge: float | None, name: str) -> tup
             "than the layer has in_features. Pass more batches, a larger ridge, or ridge=None."
         )
     return C, LayerFit(ridge, residual(fit, C) if error is None else error)
-
-
-See = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-@contextmanager
-def observed(model: nn.Module, layers: Sequence[tuple[Chain, int]], see: See) -> Iterator[Callable[[Batch], Any]]:
-    """Watch layers of chains while the model runs in evaluation mode, without gradients.
-
-    Yields a function that runs the model on one batch and returns its output. During it, for each of the `layers` that
-    runs, `see` gets the layer's name and, for the tokens that are no padding, in float32 or wider: x_n `(tokens, in)`,
-    A_n x_n `(tokens, r)`, the shortcut's term `(tokens, r)`, and the number of the sequence that each token is from.
-    """
-    observer = _Observer(model, see)
-    modes = {module: module.training for module in model.modules()}
-    needed: dict[int, tuple[Chain, dict[int, bool]]] = {}
-    for chain, n in layers:
-        _, positions = needed.setdefault(id(chain), (chain, {}))
-        positions[n] = True
-        for k in range(1, reach(n, chain.config.pre_num) + 1):
-            positions.setdefault(n - k, False)
-    handles = []
-    try:
-        for chain, positions in needed.values():
-            for n, seen in positions.items():
-                hook = partial(observer.hook, chain, n, seen)
-                handles.append(chain.layers[n].register_forward_pre_hook(hook, with_kwargs=True))
-        model.eval()
-        with torch.no_grad():
-            yield observer.run
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-
-
-class _Observer:
-    """What `observed` remembers within a forward pass, and the number of sequences before it."""
-
-    def __init__(self, model: nn.Module, see: See) -> None:
-        self.model = model
-        self.see = see
-        self.sequences = 0
-        self.masks: list[torch.Tensor] = []
-        self.running = False  # the model may also run while it is not watched
-        self.handed: dict[tuple[int, int], torch.Tensor] = {}  # by chain and position: x_n or A_n x_n
-
-    def run(self, batch: Batch) -> Any:
-        batch = to_device(batch, self.model)
-        self.masks, self.running = masks_of(batch), True
-        try:
-            return self.model(**batch)
-        finally:
-            self.running = False
-            self.handed.clear()
-            first = next((value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim), None)
-            self.sequences += 0 if first is None else len(first)
-
-    def hook(
-        self, chain: Chain, n: int, seen: bool, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if not self.running:
-            return
-        x = args[0] if args else kwargs["x"]
-        by_input = chain.config.shortcut == "input"
-        A = widen(layer.block_of(chain.adapter_name).weights[0])
-        own = x if by_input else x.to(A.dtype) @ A.t()
-        if seen:
-            earlier = [self.handed[id(chain), n - k] for k in range(1, reach(n, chain.config.pre_num) + 1)]
-            keep, sequence = tokens_of(x, self.masks)
-            rows = x.flatten(0, -2)[keep].to(A.dtype)
-            total = torch.stack([value.to(x.device).flatten(0, -2)[keep].to(A.dtype) for value in earlier]).sum(0)
-            term = total @ A.t() if by_input else total
-            self.see(chain.names[n], rows, rows @ A.t(), term, self.sequences + sequence[keep])
-        self.handed[id(chain), n] = own
-
-
-def masks_of(batch: Batch) -> list[torch.Tensor]:
-    """The attention masks `(sequences, length)` in a batch, the decoder's too."""
-    return [
-        value
-        for name, value in batch.items()
-        if name.endswith("attention_mask") and isinstance(value, torch.Tensor) and value.ndim == 2
-    ]
-
-
-def tokens_of(x: torch.Tensor, masks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of `x (..., in)` are no padding, and which sequence of the batch each row is from.
-
-    A mask counts if it has one entry for each row. Two that do (encoder and decoder of one length) both count: some
-    tokens are lost then, but no padding gets in.
-    """
-    leading, rows = x.shape[:-1], x.shape[:-1].numel()
-    fitting = [mask for mask in masks if mask.shape == leading or (len(leading) == 1 and mask.numel() == rows)]
-    keep = torch.ones(rows, dtype=torch.bool, device=x.device)
-    for mask in fitting:
-        keep &= mask.to(x.device).flatten().bool()
-    sequences = len(fitting[0]) if fitting else leading[0]
-    number = torch.arange(sequences, device=x.device).repeat_interleave(rows // sequences)
-    return keep, number
-
-
-def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """The batch's tensors on the device of the model's first parameter; untouched where a device map places them."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.is_meta or getattr(model, "hf_device_map", None):
-        return dict(batch)
-    return {
-        name: value.to(parameter.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }

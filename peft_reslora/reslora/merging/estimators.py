@@ -2,6 +2,9 @@
 
 ResLoRA, arXiv 2402.18039, Eq. 5-13. Everything here is a function of factors, recorded norms and base weights; it
 reads all layers of a chain and changes none, so the order in which layers are merged later does not matter.
+
+E_n `(r, in_features)` is what stands for the term of layer n's shortcut in a merge, as a linear map of x_n, whatever
+estimates it. C_n is an E_n that was fitted (`calibrate_merge`) or frozen (annealing), and is kept with the layer.
 """
 
 from __future__ import annotations
@@ -9,25 +12,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 
-from peft_reslora.reslora.blocks import block_kind
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
+from peft_reslora.shared.names import PREFIX
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.tensors import widen
 
-# The buffers of a layer whose shortcut has an estimate C_n: C_n, and either the sketch of the factors it was fitted
-# for (`calibrate_merge`) or the share t with which it takes part in the forward pass (annealing).
+# The buffers of a layer that keeps a C_n: C_n, and either the sketch of the factors it was fitted for, or the share t
+# with which it takes part in the forward pass.
 SHORTCUT_PARTS = ("lora_shortcut", "lora_calibrated", "lora_annealed")
 UNRECORDED = -1.0  # in a norm window: no training forward yet (a root mean square is never negative)
-_PREFIX = "base_model.model."
 _DRIFT = 0.01  # by how much, in relation to their norm, factors may differ from those that were calibrated
 
 
@@ -42,7 +44,7 @@ class Block:
         scaling: s_n.
         norms: the window of root mean squares that 'input_norm' averages; None if the adapter records none.
         base_weight: gives W_n, `(out_features, in_features)`, without any adapter; None where there is no base.
-        shortcut: C_n `(r, in_features)`, the shortcut's term as a linear map of x_n; None if not calibrated.
+        shortcut: C_n; None if there is none.
         sketch: `factor_sketch` of the factors for which C_n was fitted; None if there are none, or C_n is part of the
             forward pass.
         annealed: the share t with which C_n has taken the shortcut's place in the forward pass.
@@ -64,55 +66,27 @@ class Block:
         return (A, B) if like is None else (A.to(like.device), B.to(like.device))
 
 
-@dataclass(frozen=True)
-class ChainMerge:
-    """How one chain merges, computed once: for whoever merges, exports or reports it.
-
-    Args:
-        blocks: the chain's layers.
-        config: the adapter's config.
-        coefficients: those of `shortcut_coefficients`.
-    """
-
-    blocks: Sequence[Block]
-    config: ResLoRAConfig
-    coefficients: Sequence[Sequence[float]]
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block], config: ResLoRAConfig) -> ChainMerge:
-        """Reads each base weight at most once.
-
-        Raises:
-            ValueError: as `shortcut_coefficients`.
-        """
-        return cls(blocks, config, shortcut_coefficients(blocks, config))
-
-    def factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
-        return merged_factors(self.blocks, position, self.config, self.coefficients)
-
-
 def merged_factors(
-    chain: Sequence[Block], position: int, config: ResLoRAConfig, coefficients: Sequence[Sequence[float]]
+    chain: Sequence[Block], position: int, config: ResLoRAConfig, weights: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors `(R, in_features)` and `(out_features, R)` of layer n's merged delta weight B @ A.
 
-    `coefficients` are those of `shortcut_coefficients`: a_{n-1}, a_{n-2}, ... for each layer.
+    `weights` are the layer's of `shortcut_coefficients`: a_{n-1}, a_{n-2}, ...
     """
     A, B = chain[position].factors()
     if config.shortcut == "block":  # Eq. 5: sum_k s_{n-k} B_{n-k} A_{n-k}
         pairs = [(A, B), *(b.factors(like=A) for b in _earlier(chain, position, config))]
         return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
-    return A + shortcut_estimate(chain, position, config, coefficients[position]), B
+    return A + shortcut_estimate(chain, position, config, weights), B
 
 
 def shortcut_estimate(
     chain: Sequence[Block], position: int, config: ResLoRAConfig, weights: Sequence[float]
 ) -> torch.Tensor:
-    """E_n `(r, in_features)`: in the merge, E_n x_n stands for the term of an 'input' or 'middle' shortcut.
+    """E_n of an 'input' or 'middle' shortcut.
 
     Where C_n has taken a share t of the shortcut's place in the forward pass, that share is exact, and only the rest
-    is estimated: t C_n + (1 - t) E_n.
+    is estimated: E_n is t C_n plus (1 - t) times what the estimator gives.
     """
     block = chain[position]
     A, t = block.factors()[0], block.annealed
@@ -133,18 +107,30 @@ def _earlier(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> li
     return [chain[position - k] for k in range(1, reach(position, config.pre_num) + 1)]
 
 
-def layer_is_exact(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> bool:
-    """Whether the merge of one layer computes what its forward pass does, whichever estimator there is.
+class Exactness(NamedTuple):
+    """Whether the merge of a layer computes what its forward pass does, and why."""
 
-    It does for 'block'; for a chain's first layer, where 'middle' has no shortcut and that of 'input' is the layer's
-    own input; and where C_n has taken the shortcut's whole place in the forward pass.
+    exact: bool
+    why: str
+
+
+def exactness(chain: Sequence[Block], position: int, config: ResLoRAConfig) -> Exactness:
+    """Of one layer, whichever estimator there is.
+
+    For a chain's first layer, 'middle' has no shortcut and that of 'input' is the layer's own input.
     """
-    return config.shortcut == "block" or position == 0 or chain[position].annealed == 1.0
+    if config.shortcut == "block":
+        return Exactness(True, "its updates are fixed matrices")
+    if position == 0:
+        return Exactness(True, "first of its chain")
+    if chain[position].annealed == 1.0:
+        return Exactness(True, "annealed")
+    return Exactness(False, f"estimated by {config.merge_estimator}")
 
 
 def is_exact(chain: Sequence[Block], config: ResLoRAConfig) -> bool:
     """Whether the merge of every layer is exact."""
-    return all(layer_is_exact(chain, position, config) for position in range(len(chain)))
+    return all(exactness(chain, position, config).exact for position in range(len(chain)))
 
 
 def shortcut_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> list[list[float]]:
@@ -194,7 +180,7 @@ def _weight_norm_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> 
                 f"merge_estimator='weight_norm' needs the base weight of layer {block.name!r}, which is not in the "
                 "adapter's files. Load the adapter onto its base model, or set merge_estimator to another."
             )
-        A, B = merged_factors(chain, n, config, coefficients)
+        A, B = merged_factors(chain, n, config, coefficients[n])
         norm = float(torch.linalg.matrix_norm(torch.addmm(block.base_weight().to(B), B, A)))
         f.append(_checked_norm(norm, block.name, "merged weight"))
     return coefficients
@@ -265,32 +251,6 @@ def check_finite(A: torch.Tensor, B: torch.Tensor, name: str, adapter_name: str)
         )
 
 
-def merged_factors_from_state_dict(
-    config: ResLoRAConfig, state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The merged factors of every layer of a saved adapter, from its files alone.
-
-    Args:
-        config: the adapter's config.
-        state_dict: the content of `adapter_model.safetensors`.
-
-    Returns:
-        `(A (R, in_features), B (out_features, R))`, scaling included, by the layer's path in the base model.
-
-    Raises:
-        ValueError: if a factor is missing or misshapen, or if the estimator needs the base model.
-    """
-    blocks = blocks_from_state_dict(config, state_dict)
-    merged = {}
-    for chain in chains_of_blocks(config, blocks).chains:
-        merge = ChainMerge.of([blocks[target.name] for target in chain], config)
-        for position, block in enumerate(merge.blocks):
-            A, B = merge.factors(position)
-            check_finite(A, B, block.name, "default")
-            merged[block.name] = A, B
-    return {name: merged[name] for name in blocks}
-
-
 def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch.Tensor]) -> dict[str, Block]:
     """The blocks in a saved adapter, by the layer's path in the base model.
 
@@ -301,7 +261,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     for key, tensor in state_dict.items():
         for part in (*FACTOR_KEYS, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
-                parts.setdefault(key.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = tensor
+                parts.setdefault(key.removesuffix(f".{part}").removeprefix(PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
@@ -315,7 +275,8 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         _check_shortcut_parts(name, A, found)
         B = _fold(config, name, B, found.get(SINGULAR_VALUES))
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
-        scaling, t = scaling_of(config, name, A.shape[0]), 0.0 if annealed is None else float(annealed)
+        scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
+        t = 0.0 if annealed is None else float(annealed)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
     return blocks
 
@@ -357,10 +318,3 @@ def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> Chai
     """The chains that the layers of a saved adapter form."""
     targets = [Target(name, b.A.shape[1], b.B.shape[0], b.A.shape[0]) for name, b in blocks.items()]
     return find_chains(targets, *chain_settings(config), cuts_of(config, targets))
-
-
-def scaling_of(config: ResLoRAConfig, name: str, rank: int) -> float:
-    """The scaling of the layer `name`: its alpha over what its kind of block divides by."""
-    pattern: dict[str, Any] = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), name), config.lora_alpha)
-    return alpha / block_kind(config).divisor(config, rank)

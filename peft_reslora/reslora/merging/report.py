@@ -17,9 +17,12 @@ from torch import nn
 from peft_reslora.reslora.config import MergeEstimator
 from peft_reslora.reslora.layer import Linear, ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain, planned
-from peft_reslora.reslora.merging.calibrate import Batch, masks_of, observed, ready_chains, to_device, tokens_of
-from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, is_exact, shortcut_coefficients, shortcut_estimate
+from peft_reslora.reslora.merging.calibrate import ready_chains
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, exactness
+from peft_reslora.reslora.merging.observe import Batch, masks_of, observed, to_device, tokens_of
+from peft_reslora.reslora.merging.plan import ChainMerge
 from peft_reslora.shared.host import own_parameter
+from peft_reslora.shared.plots import new_figure, save_figure
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.tables import format_table
 from peft_reslora.shared.tensors import restore, stored, widen
@@ -55,6 +58,7 @@ class MergeReport:
         rounded: whether the rounding of merged weights to the base's dtype is part of it.
         costs: by estimator; 'exact' alone if the merge needs none.
         unavailable: why an estimator could not be used, by its name.
+        why: what makes the merge exact; empty if it is not.
     """
 
     adapter_name: str
@@ -62,12 +66,15 @@ class MergeReport:
     rounded: bool
     costs: dict[str, MergeCost]
     unavailable: dict[str, str]
+    why: str = ""
 
     @property
     def exact(self) -> bool:
+        """Whether the merge computes what the adapter does, whichever estimator there is."""
         return EXACT in self.costs
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -78,7 +85,7 @@ class MergeReport:
             losses = ("-", "-") if cost.loss is None else tuple(f"{loss:.4f}" for loss in cost.loss)
             row = (estimator, f"{errors[len(errors) // 2]:.2e}", f"{errors[-1]:.2e}", worst)
             rows.append((*row, f"{cost.kl:.2e}", f"{cost.agreement:.2%}", *losses))  # type: ignore[arg-type]
-        how = "the merge is exact" if self.exact else "the merge is an estimate"
+        how = f"the merge is exact: {self.why}" if self.exact else "the merge is an estimate"
         lines = [f"adapter {self.adapter_name!r}, shortcut={self.shortcut!r}: {how}", *format_table(rows)]
         return "\n".join([*lines, *(f"{name}: not available. {reason}" for name, reason in self.unavailable.items())])
 
@@ -88,12 +95,7 @@ class MergeReport:
         Raises:
             ImportError: if matplotlib is missing; it names the extra that brings it.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Drawing needs matplotlib: pip install 'peft_reslora[demo]'") from error
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
+        figure, (axes,) = new_figure()
         for estimator, cost in self.costs.items():
             axes.plot(range(len(cost.layers)), list(cost.layers.values()), marker=".", linewidth=1, label=estimator)
         axes.set_yscale("log" if all(min(cost.layers.values()) > 0 for cost in self.costs.values()) else "symlog")
@@ -102,9 +104,8 @@ class MergeReport:
             xlabel="layer, in the model's order",
             ylabel="relative error of the update's output",
         )
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        figure.savefig(path, dpi=150, format="png")
+        save_figure(figure, path)
 
 
 @full_precision()
@@ -116,7 +117,7 @@ def merge_report(
 ) -> MergeReport:
     """Compare the merged model with the unmerged one on `batches`.
 
-    The weights are merged and restored, bit for bit, for every batch. Where that cannot be (quantised layers, other
+    The weights are merged and restored, bit for bit, for every batch. Where that cannot be (quantized layers, other
     adapters active at the same time) the merged update is computed beside the base layer; the rounding of merged
     weights to the base's own dtype is not in the report then, and `rounded` is False.
 
@@ -136,21 +137,30 @@ def merge_report(
     wanted = [estimators] if isinstance(estimators, str) else list(estimators or get_args(MergeEstimator))
     if unknown := [name for name in wanted if name not in get_args(MergeEstimator)]:
         raise ValueError(f"Estimators {unknown} are unknown, choose from {', '.join(get_args(MergeEstimator))}.")
-    exact = all(is_exact(chain.blocks(), chain.config) for chain in chains)
+    blocks, config = [chain.blocks() for chain in chains], chains[0].config
+    layers = [exactness(own, n, config) for own in blocks for n in range(len(own))]
+    exact = all(layer.exact for layer in layers)
     estimates: dict[str, Estimates] = {}
     unavailable: dict[str, str] = {}
     for name in ["drop"] if exact else wanted:
+        config = copy.copy(config)
+        config.merge_estimator = name  # type: ignore[assignment]
         try:
-            estimates[EXACT if exact else name] = _estimates(chains, name)
+            merges = [ChainMerge.of(own, config) for own in blocks]
+            estimates[EXACT if exact else name] = _estimates(merges)
         except ValueError as error:
             if isinstance(estimators, str):
                 raise
             unavailable[name] = str(error)
-    layers = [layer for chain in chains for layer in chain.layers]
-    rounded = all(layer.active_adapters == [adapter_name] and _restores_weight(layer) for layer in layers)
+    rounded = all(
+        layer.active_adapters == [adapter_name] and _restores_weight(layer)
+        for chain in chains
+        for layer in chain.layers
+    )
     single = exact or isinstance(estimators, str)
     costs = _measure(model, batches, chains, estimates, rounded, None if single else unavailable)
-    return MergeReport(adapter_name, chains[0].config.shortcut, rounded, costs, unavailable)
+    why = ", ".join(dict.fromkeys(layer.why for layer in layers)) if exact else ""
+    return MergeReport(adapter_name, config.shortcut, rounded, costs, unavailable, why)
 
 
 def _restores_weight(layer: ResLoRALayer) -> bool:
@@ -162,16 +172,12 @@ def _restores_weight(layer: ResLoRALayer) -> bool:
 Estimates = dict[str, torch.Tensor]  # E_n (r, in_features) by layer; none for the first of a chain, which is exact
 
 
-def _estimates(chains: Sequence[Chain], estimator: str) -> Estimates:
-    found: Estimates = {}
-    for chain in chains:
-        config = copy.copy(chain.config)
-        config.merge_estimator = estimator  # type: ignore[assignment]
-        blocks = chain.blocks()
-        coefficients = shortcut_coefficients(blocks, config)
-        for n in range(1, len(blocks) if config.shortcut != "block" else 0):
-            found[chain.names[n]] = shortcut_estimate(blocks, n, config, coefficients[n])
-    return found
+def _estimates(merges: Sequence[ChainMerge]) -> Estimates:
+    return {
+        merge.blocks[n].name: merge.estimate(n)
+        for merge in merges
+        for n in range(1, len(merge.blocks) if merge.config.shortcut != "block" else 0)
+    }
 
 
 def _measure(
@@ -187,7 +193,7 @@ def _measure(
     An estimator whose merge cannot be computed goes into `unavailable`, or raises if that is None.
     """
     layers = [(chain, n) for chain in chains for n in range(1, len(chain.layers)) if chain.config.shortcut != "block"]
-    cores = {chain.names[n]: _core(chain, n) for chain, n in layers}
+    cores = _cores(dict.fromkeys(chain for chain, _ in layers))
     sums = {estimator: _Sums() for estimator in estimates}
 
     def see(name: str, x: torch.Tensor, own: torch.Tensor, term: torch.Tensor, sequence: torch.Tensor) -> None:
@@ -229,11 +235,9 @@ def _refuse_nothing(sums: Iterable[_Sums]) -> None:
         )
 
 
-def _core(chain: Chain, n: int) -> torch.Tensor:
-    """`(r, r)`, which has B_n's effect on norms: |B_n v| = |v @ core|."""
-    block = chain.block(n)
-    B = widen(block.fold(*block.weights)[1].detach())
-    return torch.linalg.qr(B).R.t()
+def _cores(chains: Iterable[Chain]) -> dict[str, torch.Tensor]:
+    """By layer `(r, r)`, which has B_n's effect on norms: |B_n v| = |v @ core|."""
+    return {block.name: torch.linalg.qr(widen(block.B)).R.t() for chain in chains for block in chain.blocks()}
 
 
 @contextmanager
@@ -292,7 +296,7 @@ def _output(output: Any, batch: Batch, which: str) -> tuple[_Output, torch.Tenso
 
 
 class _Sums:
-    """Running sums of what a `MergeCost` averages."""
+    """Running sums over layers and outputs of what a `MergeCost` averages."""
 
     def __init__(self) -> None:
         self.layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

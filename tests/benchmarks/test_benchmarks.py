@@ -1,0 +1,116 @@
+"""Every benchmark runs, says what it measured, and measures in turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.repository import ROOT
+
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import common
+
+    yield common
+    del sys.modules["common"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_runs_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
+    before = sorted((FOLDER / "results").iterdir())
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(tmp_path / "results.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert written["benchmark"] == name
+    assert written["options"]["quick"]
+    assert {"device", "threads", "python", "torch", "peft", "peft_reslora"} <= set(written["environment"])
+    assert written["results"]
+    for result in written["results"]:
+        assert str(result["variant" if name == "merge_fidelity" else "method"]) in done.stdout
+    assert str(tmp_path) not in json.dumps(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert sorted((FOLDER / "results").iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_training_step_knows_autocast_checkpointing_and_half_precision(tmp_path: Path) -> None:
+    options = [
+        "--dtype",
+        "bfloat16",
+        "--autocast",
+        "bfloat16",
+        "--checkpointing",
+        "--only",
+        "ResLoRA input, pre_num 1",
+    ]
+    command = [
+        sys.executable,
+        str(FOLDER / "train_step.py"),
+        "--quick",
+        *options,
+        "--plot",
+        str(tmp_path / "plot.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[2:]] == [
+        "frozen base",
+        "LoRA",
+        "ResLoRA input, pre_num 1",
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_take_turns_in_changing_order(common) -> None:
+    calls: list[str] = []
+    jobs = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "abc"}
+    times = common.in_turns(jobs, rounds=8, warmups=1)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 9
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert times["b"] == [3 * n + order.index("b") + 1 for n, order in enumerate(rounds)][1:]
+
+
+def test_a_ratio_is_of_the_minima_with_the_quartiles_of_the_rounds(common) -> None:
+    ratio = common.Ratio.of([2.0, 3.0, 4.0, 8.0, 10.0], [4.0, 2.0, 2.0, 2.0, 2.0])
+    assert (ratio.minima, ratio.low, ratio.median, ratio.high) == (1.0, 1.5, 2.0, 4.0)
+    assert str(ratio) == "1.00 (1.50-4.00)"
+
+
+def test_twins_share_weights_and_nothing_else(common) -> None:
+    import torch
+    from peft import get_peft_model
+
+    from peft_reslora import ResLoRAConfig
+
+    base = common.llama(16, 2, heads=2, kv_heads=2, vocab=10)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = base(input_ids=ids).logits
+    adapted = get_peft_model(common.twin(base), ResLoRAConfig(target_modules="all-linear", init_lora_weights=False))
+    assert not torch.equal(adapted(input_ids=ids).logits, expected)
+    assert torch.equal(base(input_ids=ids).logits, expected)
+    places = {parameter.data_ptr() for parameter in base.parameters()}
+    assert places <= {parameter.data_ptr() for parameter in adapted.parameters()}
+
+
+def fill(size: int) -> bytearray:
+    return bytearray(os.urandom(1)) * size
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_of_its_own(common) -> None:
+    small, large = 2**10, 2**27
+    grown = common.growth_of_process(fill, small, large)
+    assert 0.9 * large < grown < 1.5 * large

@@ -1,0 +1,143 @@
+"""A merge is one value: whoever merges, exports or reports reads the same plan, made once from all layers."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.oracle import randomize_adapters, relative_error
+from helpers.tiny_models import TINY_MODELS
+from helpers.tolerances import rounding
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_reslora import ResLoRAConfig, export_lora, export_lora_from_files, merge_report, save_as_lora
+from peft_reslora.reslora.layer import ResLoRALayer
+from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.linking import chains_of
+from peft_reslora.reslora.merging.anneal import anneal_shortcuts
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
+
+TINY = TINY_MODELS["llama"]
+
+
+def adapted(shortcut: str, targets: list[str] | None = None, **fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = ResLoRAConfig(r=2, target_modules=targets or ["q_proj", "v_proj"], shortcut=shortcut, **fields)
+    model = randomize_adapters(get_peft_model(TINY.make(), config)).train()
+    model(**TINY.inputs())
+    return model.eval()
+
+
+def batches() -> list[dict[str, Any]]:
+    return [TINY.inputs() for _ in range(4)]
+
+
+REASONS = {
+    ("block", None): {"its updates are fixed matrices"},
+    ("input", None): {"first of its chain", "estimated by input_norm"},
+    ("middle", 0.5): {"first of its chain", "estimated by input_norm"},
+    ("middle", 1.0): {"first of its chain", "annealed"},
+}
+
+
+@pytest.mark.parametrize(("shortcut", "share"), REASONS)
+def test_all_say_whether_a_merge_is_exact_and_why(
+    shortcut: str, share: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, reasons = adapted(shortcut), REASONS[shortcut, share]
+    if share is not None:
+        anneal_shortcuts(model, share)
+    exact = not any("estimated" in reason for reason in reasons)
+    planned = [entry for chain in chains_of(model, "default") for entry in chain.merge().exactness]
+    assert {entry.why for entry in planned} == reasons
+    assert all(entry.exact == ("estimated" not in entry.why) for entry in planned)
+    report = merge_report(model, batches(), estimators="input_norm")
+    assert report.exact == exact
+    assert all(reason in str(report) for reason in reasons if exact)
+    model.save_pretrained(tmp_path / "native")
+    for way, export in (("model", export_lora(model)), ("files", export_lora_from_files(tmp_path / "native"))):
+        assert {row.why or row.merge for row in export.report.layers} == reasons
+        assert export.report.exact == exact
+        export.save_pretrained(tmp_path / way)
+        card = (tmp_path / way / "README.md").read_text(encoding="utf-8")
+        assert all(reason.replace("_", "") in card.replace("\\", "").replace("_", "") for reason in reasons)
+        assert ("exact up to rounding" in card) == exact
+    with caplog.at_level(logging.INFO):
+        model.merge_and_unload()
+    assert ("exactly" in caplog.text) == exact
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' has no shortcut at all")
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_the_card_of_a_lone_layer_says_exact(shortcut: str, tmp_path: Path) -> None:
+    model = adapted(shortcut, ["lm_head"])
+    save_as_lora(tmp_path, model)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "exact up to rounding" in card
+    assert "exact (first of its chain)" in card
+    assert "estimated" not in card
+
+
+def test_the_plan_of_the_files_is_that_of_the_model(tmp_path: Path) -> None:
+    model = adapted("middle", pre_num=-1)
+    model.save_pretrained(tmp_path)
+    saved = merges_from_state_dict(model.peft_config["default"], load_file(tmp_path / "adapter_model.safetensors"))
+    for chain in chains_of(model, "default"):
+        merge = chain.merge()
+        for position, name in enumerate(chain.names):
+            other, place = saved[name]
+            assert place == position
+            assert other.exactness == merge.exactness
+            assert list(other.coefficients[place]) == pytest.approx(merge.coefficients[position])
+            (A, B), (own_a, own_b) = other.factors(place), merge.factors(position)
+            assert relative_error(B @ A, own_b @ own_a) < rounding(A.shape[1])
+
+
+WAYS: dict[str, Callable[[PeftModel], Any]] = {
+    "merge": lambda model: model.merge_adapter(),
+    "merge and unload": lambda model: model.merge_and_unload(),
+    "merge safely": lambda model: model.merge_adapter(safe_merge=True),
+    "export": export_lora,
+    "report": lambda model: merge_report(model, batches()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_one_merge_reads_each_base_weight_once(shortcut: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(shortcut, merge_estimator="weight_norm")
+    reads: Counter[int] = Counter()
+    read = ResLoRALayer.unmerged_base_weight
+
+    def counted(self: ResLoRALayer) -> torch.Tensor:
+        reads[id(self)] += 1
+        return read(self)
+
+    monkeypatch.setattr(ResLoRALayer, "unmerged_base_weight", counted)
+    chains = chains_of(model, "default")
+    WAYS[way](model)
+    assert len(reads) == sum(len(chain) - 1 for chain in chains)  # that of a chain's last layer stands for nothing
+    assert set(reads.values()) == {1}
+
+
+@pytest.mark.parametrize("way", ["export", "merge and unload"])
+def test_one_merge_plans_each_chain_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: Counter[int] = Counter()
+    merge = Chain.merge
+
+    def counted(self: Chain) -> Any:
+        plans[id(self)] += self.planned is None
+        return merge(self)
+
+    model = adapted("middle", merge_estimator="weight_norm")
+    chains = chains_of(model, "default")
+    monkeypatch.setattr(Chain, "merge", counted)
+    WAYS[way](model)
+    assert len(plans) == len(chains)
+    assert set(plans.values()) == {1}
