@@ -45,7 +45,7 @@ class RankAllocation:
 
     def __init__(self, config: ResLoRAConfig, blocks: Mapping[str, AdaloraBlock]) -> None:
         self.config = config
-        self.called = False
+        self.called = bool(config.rank_pattern)  # there is nothing left to allocate
         # By layer `(r,)`: which directions have a rank, once that is final, as in an adapter that was loaded so.
         self.kept: dict[str, torch.Tensor] | None = None
         if config.rank_pattern:
@@ -109,9 +109,9 @@ class RankAllocation:
             self.called = True
             warnings.warn(
                 f"Adapter {adapter_name!r} was trained for {self._steps_missed} steps, and no ranks were allocated: "
-                "AdaLoRA needs RankAllocationCallback (Trainer(callbacks=[...]), from "
-                "peft_reslora.training), or a call of update_and_allocate(model, step) after each "
-                "optimizer step and before zero_grad. Without, all layers keep init_r.",
+                "AdaLoRA needs Trainer(callbacks=[RankAllocationCallback()]), from peft_reslora.training, or a call "
+                "of update_and_allocate(model, step) after each optimizer step and before zero_grad. Without, all "
+                "layers keep init_r.",
                 stacklevel=2,
             )
 
@@ -207,6 +207,13 @@ def directions(chain: Chain) -> list[torch.Tensor | None]:
     return [numbers.get(n) for n in range(len(chain))]
 
 
+def factors_of(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
+    """A, B and E of all layers that have the adapter, which has AdaLoRA."""
+    return [
+        tensor for block in _blocks(chains_of(model, adapter_name)).values() for tensor in block.tensors().values()
+    ]
+
+
 def _values(chain: Chain, position: int) -> torch.Tensor:
     return getattr(chain.layer(position), SINGULAR_VALUES)[chain.adapter_name].detach()
 
@@ -266,8 +273,8 @@ def _after_pass(model: nn.Module, args: Any, output: Any) -> Any:
         chains = chains_of(model, adapter_name)
         blocks = _blocks(chains)
         loss = getattr(output, "loss", None)
-        if isinstance(loss, torch.Tensor):
-            weight = chains[0].config.orth_reg_weight
+        weight = chains[0].config.orth_reg_weight
+        if isinstance(loss, torch.Tensor) and weight > 0:
             output.loss = loss = loss + weight * orthogonality(list(blocks.values())).to(loss.device)
         if model.training and not torch.compiler.is_compiling():
             first = next(iter(blocks.values())).singular_values

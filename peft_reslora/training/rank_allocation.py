@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from peft_reslora.reslora.linking import chains_of
-from peft_reslora.reslora.rank_allocation import trained_adapters, update_and_allocate
+from peft_reslora.reslora.rank_allocation import factors_of, trained_adapters, update_and_allocate
 
 
 class RankAllocationCallback(TrainerCallback):
@@ -34,24 +35,26 @@ class RankAllocationCallback(TrainerCallback):
                     f"{state.max_steps}.",
                     stacklevel=2,
                 )
-
-        if _forget_misfits(kwargs["optimizer"]):
-            warnings.warn(
-                "The checkpoint was saved after ranks were allocated, and its optimizer state is that of all "
-                "directions: that of the factors which have lost some begins anew.",
-                stacklevel=2,
-            )
+            if _forget_misfits(kwargs["optimizer"], factors_of(model, adapter_name)):
+                warnings.warn(
+                    f"The checkpoint was saved after the ranks of adapter {adapter_name!r} were allocated, and its "
+                    "optimizer state is that of all directions: that of factors which have lost some begins anew.",
+                    stacklevel=2,
+                )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_and_allocate(kwargs["model"], state.global_step + 1)
 
 
-def _forget_misfits(optimizer: Any) -> bool:
-    """Drop the state of parameters that have another shape than it; whether there were any."""
+def _forget_misfits(optimizer: Any, parameters: Iterable[torch.Tensor]) -> bool:
+    """Drop the state of those parameters that have another shape than it; whether there were any."""
     misfits = [
         parameter
-        for parameter, state in optimizer.state.items()
-        if any(isinstance(v, torch.Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values())
+        for parameter in parameters
+        if any(
+            isinstance(value, torch.Tensor) and value.dim() == parameter.dim() and value.shape != parameter.shape
+            for value in optimizer.state.get(parameter, {}).values()
+        )
     ]
     for parameter in misfits:
         del optimizer.state[parameter]

@@ -539,7 +539,7 @@ def test_trainer_allocates_with_the_callback(base, tmp_path, shortcut, accumulat
 def test_trainer_without_the_callback_warns_after_delta_t_steps(base, tmp_path):
     model = get_peft_model(copy.deepcopy(base), config_of(**schedule(deltaT=3)))
     trainer_of(model, tmp_path, [], max_steps=3).train()
-    with pytest.warns(UserWarning, match=r"'default' was trained for 3 steps.*RankAllocationCallback") as caught:
+    with pytest.warns(UserWarning, match=r"'default' was trained for 3 steps.*RankAllocationCallback\(\)") as caught:
         trainer_of(model, tmp_path, []).train()
     assert sum("no ranks were allocated" in str(warning.message) for warning in caught) == 1
 
@@ -551,16 +551,16 @@ def test_a_run_that_is_too_short_for_the_schedule_warns(base, tmp_path):
     assert model.peft_config["default"].rank_pattern == {}
 
 
-@pytest.mark.parametrize("saved", [5, 10])
-def test_a_run_is_resumed(base, tmp_path, saved):
+@pytest.mark.parametrize(("saved", "optim"), [(5, "adamw_torch"), (10, "adamw_torch"), (5, "adafactor")])
+def test_a_run_is_resumed(base, tmp_path, saved, optim):
     """Before ranks are allocated, and after: then the checkpoint has fewer directions than the optimizer's state."""
 
     def start() -> nn.Module:
         return get_peft_model(copy.deepcopy(base), config_of(**schedule()))
 
-    arguments = {"save_strategy": "steps", "save_steps": saved}
+    arguments = {"save_strategy": "steps", "save_steps": saved, "optim": optim}
     trainer_of(start(), tmp_path, [RankAllocationCallback()], **arguments).train()
-    resumed = trainer_of(start(), tmp_path / "resumed", [RankAllocationCallback()])
+    resumed = trainer_of(start(), tmp_path / "resumed", [RankAllocationCallback()], optim=optim)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
@@ -635,6 +635,25 @@ def test_a_model_on_which_parameters_are_offloaded_is_the_same(base, x):
 
 
 # Refusals
+
+
+def test_sharded_factors_are_refused(base, x, monkeypatch):
+    """As ZeRO-3 leaves them outside of a layer's own forward."""
+    model = adapted(base)
+    model(x, labels=x).loss.backward()
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_reslora.reslora.rank_allocation.deepspeed_config", dict)
+        with pytest.raises(RuntimeError, match=r"'default' has AdaLoRA.*DeepSpeed.*Use DDP"):
+            update_and_allocate(model, 1)
+    E = _layer(model, 2, "up").lora_E
+    E["default"] = nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"layer 'layers\.2\.up' are sharded.*Train without sharding \(DDP\)"):
+        update_and_allocate(model, 1)
+    with pytest.raises(RuntimeError, match=r"layer 'layers\.2\.up' are sharded.*without total_step"):
+        model(x)
+    _layer(model, 2, "up").lora_A["default"].weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"layer 'layers\.2\.up' are sharded"):
+        model(x, labels=x)
 
 
 @pytest.mark.parametrize(
