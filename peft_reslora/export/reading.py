@@ -17,6 +17,7 @@ from peft_reslora.export.source import MERGE_INSTEAD, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.config import computation as mora_computation
+from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
 from peft_reslora.shared import fields
@@ -65,6 +66,14 @@ class SavedAdapter:
         return bool(own) or any(isinstance(layers.get(name), Conv1D) for name in self.tensors)
 
 
+def parts_of(config: PeftConfig) -> tuple[str, ...]:
+    """The parts that an adapter with this config may hold for each layer."""
+    parts = PARTS[str(getattr(config.peft_type, "value", config.peft_type))]
+    if isinstance(config, ResLoRAConfig) and config.total_step is not None:
+        return (*parts[:2], SINGULAR_VALUES, *parts[2:])
+    return parts
+
+
 def read_adapter(folder: Path) -> SavedAdapter:
     """A saved adapter that can be exported from its files.
 
@@ -79,7 +88,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
             "exported. Load the adapter onto its base model and use export_lora."
         )
     refuse_config(config, folder.name)
-    tensors = _by_layer(read_tensors(folder), PARTS[peft_type], folder.name)
+    tensors = _by_layer(read_tensors(folder), parts_of(config), folder.name)
     base_config = config_of_base(config)
     found = iter(()) if base_config is None else fitting_bases(config, base_config, tensors)
     base = next((model for _, model in found), None)
@@ -163,7 +172,7 @@ def _refuse_other_stamps(adapter: SavedAdapter, peft_type: str) -> None:
         parts = adapter.tensors[name]
         if (stamp := parts.get(_STAMPS[peft_type])) is None:  # saved by 0.1.0
             continue
-        own = PARTS[peft_type][:-1]
+        own = parts_of(adapter.config)[:-1]
         fault = fault_against(stamp, {part.removesuffix(".weight"): parts.get(part) for part in own}, computation)
         if fault is not None:
             raise ValueError(

@@ -47,12 +47,22 @@ _CHECKS: dict[str, fields.Check] = {
     "trainable_token_indices": fields.token_indices,
     "bias": fields.one_of("none", "all", "lora_only"),
     "estimate": lambda value: None if value is None else fields.one_of("calibrated", "annealed")(value),
+    "total_step": lambda value: None if value is None else fields.interval(value),
+    "deltaT": fields.interval,
+    "orth_reg_weight": fields.penalty,
+    **dict.fromkeys(("target_r", "init_r"), fields.rank),
+    **dict.fromkeys(("tinit", "tfinal"), fields.steps),
+    **dict.fromkeys(("beta1", "beta2"), fields.decay),
     "base_model_name_or_path": fields.text,
     "revision": fields.text,
     **dict.fromkeys(
         ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag
     ),
 }
+
+
+# AdaLoRA's fields besides the one that chooses it.
+_ADALORA_FIELDS = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
 
 @dataclass
@@ -110,6 +120,31 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         },
     )
 
+    total_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Chooses AdaLoRA (arXiv 2303.10512), and says how many optimizer steps the training takes. Each "
+            "block is B diag(E) A then, and the ranks of the layers are allocated while they train: use "
+            "RankAllocationCallback, or call model.update_and_allocate(step) after each optimizer step. The fields "
+            "that follow are AdaLoRA's, with the meaning and defaults of AdaLoraConfig; rank_pattern holds the ranks "
+            "once they are allocated. None for a LoRA."
+        },
+    )
+    target_r: int = field(default=8, metadata={"help": "AdaLoRA: the mean rank of the layers at the end."})
+    init_r: int = field(
+        default=12,
+        metadata={"help": "AdaLoRA: each layer's rank at the start, in place of r; s is alpha / (init_r + 1e-5)."},
+    )
+    tinit: int = field(default=0, metadata={"help": "AdaLoRA: steps before the budget of ranks begins to shrink."})
+    tfinal: int = field(default=0, metadata={"help": "AdaLoRA: steps at the end, with the ranks as they are then."})
+    deltaT: int = field(default=1, metadata={"help": "AdaLoRA: steps from one allocation to the next."})
+    beta1: float = field(default=0.85, metadata={"help": "AdaLoRA: decay of the mean of the sensitivities."})
+    beta2: float = field(default=0.85, metadata={"help": "AdaLoRA: decay of the mean of their uncertainties."})
+    orth_reg_weight: float = field(
+        default=0.5,
+        metadata={"help": "AdaLoRA: weight of the mean of ||A A^T - I|| and ||B^T B - I|| in the loss of the model."},
+    )
+
     estimate: Literal["calibrated", "annealed"] | None = field(
         default=None,
         metadata={
@@ -131,17 +166,24 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             saved = self.peft_version is not None and self.peft_type == PeftType["RESLORA"]
             self.chain_cuts = BY_NUMBER if saved else AUTO
         faults = fields.field_faults(self, _CHECKS, {"rank_pattern": fields.rank, "alpha_pattern": fields.alpha})
-        fields.refuse(self, [*faults, *self._own_faults(), *self._lora_faults()])  # PEFT takes the kinds for granted
+        # PEFT takes the kinds for granted
+        fields.refuse(self, [*faults, *self._own_faults(), *self._lora_faults(), *self._adalora_faults(faults)])
         fields.refuse(self, fields.pattern_faults(self))
+        if self.total_step is not None:
+            self.r = self.init_r
         super().__post_init__()
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.peft_type = PeftType["RESLORA"]
 
+    def scaling(self, r: int, alpha: float) -> float:
+        """s of a layer with rank r: LoRA's, or AdaLoRA's, which pruning leaves as it is."""
+        return scaling_of(self, r, alpha) if self.total_step is None else alpha / (self.init_r + 1e-5)
+
     def computation(self, r: int, alpha: float, position: int) -> str:
         """What besides its tensors decides what a layer computes, in the words of its stamp; `position` from 0."""
         return (
-            f"shortcut={self.shortcut!r}, pre_num={self.pre_num}, scaling={scaling_of(self, r, alpha)}, layer "
+            f"shortcut={self.shortcut!r}, pre_num={self.pre_num}, scaling={self.scaling(r, alpha)}, layer "
             f"{position + 1} of its chain{', use_dora' if self.use_dora else ''}"
         )
 
@@ -172,6 +214,47 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             known_ones = f"{AUTO!r}, {BY_NUMBER!r} or a list of names of modules"
             faults.append(f"chain_cuts={fields.shown(cuts)} must be {known_ones}")
         return faults
+
+    def _adalora_faults(self, faults: list[str]) -> list[str]:
+        """What is wrong with AdaLoRA's fields together; nothing while there are other `faults`."""
+        if faults:
+            return []
+        total_step = self.total_step
+        if total_step is None:
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            chosen = [name for name in _ADALORA_FIELDS if getattr(self, name) != defaults[name]]
+            return [
+                f"{name}={fields.shown(getattr(self, name))} is a field of AdaLoRA, which total_step chooses; give "
+                "that too, or leave it unset"
+                for name in chosen
+            ]
+        found = []
+        if self.use_dora:
+            found.append(
+                f"total_step={total_step} (AdaLoRA) with use_dora=True, which are two kinds of blocks; choose one"
+            )
+        if self.use_rslora:
+            found.append(
+                f"total_step={total_step} (AdaLoRA) with use_rslora=True, but its scaling is lora_alpha / (init_r + "
+                "1e-5); leave use_rslora unset"
+            )
+        if self.lora_alpha <= 0:
+            found.append(f"lora_alpha={self.lora_alpha} must be positive with total_step={total_step} (AdaLoRA)")
+        if self.r not in (8, self.init_r):  # LoRA's default
+            found.append(f"r={self.r} with total_step={total_step} (AdaLoRA), whose rank is init_r={self.init_r}")
+        if not self.target_r < self.init_r:
+            found.append(f"target_r={self.target_r} must be less than init_r={self.init_r}, or nothing is pruned")
+        if self.tinit >= total_step - self.tfinal:
+            found.append(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={total_step} in which the "
+                "budget could shrink"
+            )
+        if not isinstance(self.init_lora_weights, bool):
+            found.append(
+                f"init_lora_weights={fields.shown(self.init_lora_weights)} with total_step={total_step} (AdaLoRA), "
+                "which starts in its own way, choose True or False"
+            )
+        return found
 
     def _lora_faults(self) -> list[str]:
         known = {f.name for f in dataclasses.fields(LoraConfig)}

@@ -73,19 +73,17 @@ def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[T
 
 
 def read(chain: Chain, position: int) -> Factors:
-    """A and B of a layer, where they are."""
-    A, B = chain.block(position).weights
-    name = chain.names[position]
-    return readable(A, name, _ADVICE), readable(B, name, _ADVICE)
+    """The two factors of a layer's update, where they are."""
+    block, name = chain.block(position), chain.names[position]
+    A, B = (readable(weight, name, _ADVICE) for weight in block.weights)
+    return block.fold(A, B)
 
 
 def add_by_calls(chain: Chain, position: int, dropped: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """`result` plus the sum of the s_k B_k A_k D(x), each by calls of its modules."""
     for k in chain.span(position):
         block = chain.block(k)
-        lora_a, lora_b = block.modules
-        update = lora_b(lora_a(dropped).to(dropped.device)).to(result.device)
-        result = result + update * block.scaling
+        result = result + block.call(dropped).to(result.device) * block.scaling
     return result
 
 
@@ -142,7 +140,9 @@ def _is_sharded(block: LinearBlock) -> bool:
 
 def _handed(chain: Chain, position: int) -> list[Factors]:
     """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
-    own = [_whole(linear, chain.names[position]) for linear in chain.block(position).modules]
+    block = chain.block(position)
+    A, B = (_whole(linear, chain.names[position]) for linear in block.modules)
+    own = block.fold(A, B)
     handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
     values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
     return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]

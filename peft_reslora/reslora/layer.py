@@ -138,10 +138,23 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def resolve_lora_variant(self, **kwargs: Any) -> None:
         """PEFT's own variants are not used: blocks know what a config asks for."""
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        super().set_scale(adapter, scale)
+        place = self.chain_of(adapter)
+        if place is not None and adapter in self.scaling:
+            config, alpha = place[0].config, self.lora_alpha[adapter]
+            self.scaling[adapter] = scale * config.scaling(self.r[adapter], alpha)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        super().unscale_layer(scale)
+        for adapter in self.active_adapters if scale is None else ():
+            self.set_scale(adapter, 1.0)
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
         self.block_of(adapter_name).start()
+        self.set_scale(adapter_name, 1.0)
         if chain.config.shortcut != "block":
             device = self.block_of(adapter_name).weights[0].device
             window = torch.full((chain.config.norm_window,), UNRECORDED, device=device, dtype=torch.float32)
@@ -210,7 +223,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""
-        A, B = (factor.detach() for factor in self.block_of(adapter_name).weights)
+        block = self.block_of(adapter_name)
+        A, B = (factor.detach() for factor in block.fold(*block.weights))
         if shortcut is not None:
             self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)

@@ -59,6 +59,7 @@ class Chain:
         self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
         self.planned: ChainMerge | None = None
         self.keeps_plan = False
+        self.allocation: Any = None  # of ranks, which chains of an adapter with AdaLoRA share
         self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
         self._members: list[Any] = [weakref.ref(layer) for layer in layers]
 

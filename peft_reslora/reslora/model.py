@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from peft_reslora.reslora.blocks.adalora import AdaloraBlock
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linked_chain import Chain, planned
@@ -26,6 +27,12 @@ from peft_reslora.reslora.linking import (
 )
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS
 from peft_reslora.reslora.passes import doorway_of, remove_doorways
+from peft_reslora.reslora.rank_allocation import (
+    stop_watching_training,
+    update_and_allocate,
+    watch_training,
+    without_pruned,
+)
 from peft_reslora.shared.base_weights import (
     broken_adapter_message,
     merged_or_not,
@@ -36,7 +43,7 @@ from peft_reslora.shared.base_weights import (
     untie,
 )
 from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
-from peft_reslora.shared.fields import refuse_slow_patterns
+from peft_reslora.shared.fields import refuse_slow_patterns, shown
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
 from peft_reslora.shared.host import BufferDict, own_parameter
 from peft_reslora.shared.precision import full_precision
@@ -65,6 +72,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         with undone_on_failure(self, model, adapter_name):
             refuse_adapter_name(model, adapter_name, type(self))
             refuse_slow_patterns(config, [name for name, _ in model.named_modules()])
+            _refuse_allocated(config)
             targets = find_target_layers(model, config, kwargs.get("state_dict"))
             config = self.peft_config[adapter_name] = own_config(model, config, targets.layers)
             find_chains_before_injection(model, config, targets.layers)
@@ -76,6 +84,8 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             link_chains(model, config, adapter_name)
             watch_first_pass(model)
+            if config.total_step is not None:
+                watch_training(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT calls the model's `forward` (read in 0.21.2), past the hooks by which a chain knows its forward pass.
@@ -89,6 +99,10 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             doorway.leave(self.model, (), None)
         after_pass(self.model)
         return output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """As in PEFT's AdaLoRA: allocate ranks, after each optimizer step and before zero_grad."""
+        update_and_allocate(self.model, global_step)
 
     def _create_and_replace(
         self,
@@ -137,6 +151,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             )
         remove_doorways(unloaded)
         stop_watching(unloaded)
+        stop_watching_training(unloaded)
         untie(unloaded, merging)
         return unloaded
 
@@ -230,6 +245,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 f"The adapters {adapters} have different shortcuts, (shortcut, pre_num) {sorted(linked)}; one adapter "
                 "cannot hold them all. Export each with save_as_lora and combine those."
             )
+        if ada := [a for a in adapters if a in self.peft_config and self.peft_config[a].total_step is not None]:
+            raise ValueError(
+                f"Adapter {ada[0]!r} has AdaLoRA (total_step), whose factors E are not those of a sum. Export each "
+                "with save_as_lora and combine those."
+            )
         if dora := [a for a in adapters if a in self.peft_config and self.peft_config[a].use_dora]:
             raise ValueError(
                 f"Adapter {dora[0]!r} has use_dora=True, whose norms are not those of a sum. Merge the adapters one "
@@ -246,14 +266,20 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """As `NativeCheckpoints` has it.
+        """As `NativeCheckpoints` has it, without directions that AdaLoRA has pruned.
 
         Raises:
             ValueError: if the model lacks a layer on which later ones of its chain depend, so that what it computes
                 would not be that of the layers that are saved.
         """
+        state_dict = without_pruned(model, adapter_name, state_dict)
         held = {id(layer) for _, layer in adapted_layers(model, ResLoRALayer, adapter_name)}
         for chain in chains_of(model, adapter_name):
             present = [chain.has(n) and id(chain.layer(n)) in held for n in range(len(chain))]
@@ -263,7 +289,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                     "of its chain are, and they were trained with it. Save the whole model's adapter, or take away "
                     "the last blocks of the model only."
                 )
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -282,6 +308,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 f"The config of adapter {adapter_name!r} says that it was annealed, but the checkpoint has no "
                 f"estimate for layer {lacking[0]!r}. Load the config and the weights that were saved together."
             )
+        back = _make_room_for_directions(layers, adapter_name, found)
         before: list[tuple[BufferDict, torch.Tensor | None]] = []
         for name, layer in layers.items():
             buffers: list[BufferDict] = [getattr(layer, part) for part in SHORTCUT_PARTS]
@@ -293,10 +320,54 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 layer.make_room_for_estimate(adapter_name, estimate)
 
         def restore_all() -> None:
+            back()
             for held, buffer in before:
                 restore(held, adapter_name, buffer)
 
         return restore_all
+
+
+def _refuse_allocated(config: ResLoRAConfig) -> None:
+    """Of a new adapter with AdaLoRA the ranks are still to be allocated."""
+    if config.total_step is not None and config.rank_pattern and not config.stamped:
+        raise ValueError(
+            f"rank_pattern={shown(config.rank_pattern)} of a new adapter with total_step={config.total_step} "
+            "(AdaLoRA), whose ranks are still to be allocated; rank_pattern keeps what was allocated in a training. "
+            "Set config.rank_pattern = {} to train an adapter with this config."
+        )
+
+
+def _make_room_for_directions(layers: Mapping[str, Any], adapter_name: str, found: Parts) -> Callable[[], None]:
+    """Give layers with AdaLoRA as many directions as a checkpoint brings, up to init_r; returns what undoes it.
+
+    The ranks of the checkpoint also say whether they are allocated.
+    """
+    places = [layer.chain_of(adapter_name) for layer in layers.values()]
+    chains = list({id(place[0]): place[0] for place in places if place is not None}.values())
+    if not chains or not issubclass(chains[0].kind, AdaloraBlock):
+        return lambda: None
+    config = chains[0].config
+    before = config.rank_pattern, [chain.allocation for chain in chains]
+    undo: list[Callable[[], None]] = []
+    ranks = {}
+    for name, layer in layers.items():
+        A, rank = found[name]["lora_A"], layer.r[adapter_name]
+        if A is not None and A.ndim == 2 and 0 < len(A) <= config.init_r and len(A) != rank:
+            undo.append(layer.block_of(adapter_name).resize(len(A)))
+        ranks["^" + re.escape(name)] = layer.r[adapter_name]
+    if config.rank_pattern != ranks:
+        config.rank_pattern = ranks if set(ranks.values()) != {config.init_r} else {}
+    for chain in chains:
+        chain.allocation = None
+
+    def undo_all() -> None:
+        config.rank_pattern = before[0]
+        for chain, allocation in zip(chains, before[1], strict=True):
+            chain.allocation = allocation
+        for resize_back in undo:
+            resize_back()
+
+    return undo_all
 
 
 def _estimate_in(model: nn.Module, adapter_name: str) -> Literal["calibrated", "annealed"] | None:

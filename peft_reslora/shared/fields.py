@@ -71,6 +71,24 @@ def rank(value: Any) -> str | None:
     return None if ok else f"a positive integer, at most {MAX_RANK}"
 
 
+def steps(value: Any) -> str | None:
+    """How many steps something takes; perhaps none."""
+    return None if _is_index(value) else "an integer that is not negative"
+
+
+def interval(value: Any) -> str | None:
+    return None if _is_index(value) and value > 0 else "a positive integer"
+
+
+def decay(value: Any) -> str | None:
+    """Of a moving average."""
+    return None if _is_number(value) and 0 < value < 1 else "a number between 0 and 1"
+
+
+def penalty(value: Any) -> str | None:
+    return None if _is_number(value) and value >= 0 else "a number that is not negative"
+
+
 def norm_window(value: Any) -> str | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NORM_WINDOW
     return None if ok else f"a positive integer, at most {MAX_NORM_WINDOW}"

@@ -2,6 +2,7 @@
 
 from peft_reslora.training.annealing import ShortcutAnnealing, anneal_shortcuts, annealed_share
 from peft_reslora.training.dropped_layers import DroppedLayers, LayerGates, active_probability, draw_active
+from peft_reslora.training.rank_allocation import RankAllocationCallback, update_and_allocate
 from peft_reslora.training.restart_weights import load_base_weights, save_base_weights
 from peft_reslora.training.restartable import check_restartable
 from peft_reslora.training.restarts import MergeAndRestartCallback, merge_and_restart
@@ -11,6 +12,7 @@ __all__ = [
     "DroppedLayers",
     "LayerGates",
     "MergeAndRestartCallback",
+    "RankAllocationCallback",
     "ShortcutAnnealing",
     "active_probability",
     "anneal_shortcuts",
@@ -21,4 +23,5 @@ __all__ = [
     "merge_and_restart",
     "rewarm",
     "save_base_weights",
+    "update_and_allocate",
 ]

@@ -79,6 +79,8 @@ def _layer_faults(layer: Any, adapter_name: str, method: str, uses: Counter[int]
         return
     if method == "LORA" and adapter_name in layer.lora_variant:
         yield f"has a {type(layer.lora_variant[adapter_name]).__name__}, more than scaling * B A; take plain LoRA"
+    if method == "RESLORA" and layer.chain_of(adapter_name)[0].config.total_step is not None:
+        yield "has AdaLoRA (total_step), whose budget of ranks is that of one cycle; leave total_step out"
     if method == "RESLORA" and not layer.block_of(adapter_name).adds_up:
         yield "has use_dora=True, more than scaling * B A; leave it out"
     weight = layer.get_base_layer().weight

@@ -393,6 +393,11 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
     "input": (ResLoRAConfig(shortcut="input", target_modules=UP), None, "shortcut='input'.*take shortcut='block'"),
     "middle": (ResLoRAConfig(shortcut="middle", target_modules=UP), None, "shortcut='middle'.*estimate"),
     "dora": (LoraConfig(use_dora=True, target_modules=UP), None, "DoraLinearVariant.*take plain LoRA"),
+    "reslora-adalora": (
+        ResLoRAConfig(total_step=9, target_modules=UP),
+        None,
+        r"AdaLoRA \(total_step\).*leave total_step out",
+    ),
     "reslora-dora": (ResLoRAConfig(use_dora=True, target_modules=UP), None, "use_dora=True.*leave it out"),
     "pissa": (LoraConfig(init_lora_weights="pissa", target_modules=UP), None, "init_lora_weights='pissa'.*take True"),
     "random": (LoraConfig(init_lora_weights=False, target_modules=UP), None, "init_lora_weights=False.*take True"),

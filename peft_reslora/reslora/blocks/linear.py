@@ -49,7 +49,7 @@ class LinearBlock:
 
     @property
     def scaling(self) -> float:
-        """s: PEFT's alpha / r, or alpha / sqrt(r), times what `set_scale` has set."""
+        """s: that of the config, times what `set_scale` has set."""
         return self.layer.scaling[self.adapter_name]
 
     @property
@@ -57,6 +57,10 @@ class LinearBlock:
         """A and B as the modules hold them, wherever that is."""
         A, B = self.modules
         return A.weight, B.weight
+
+    def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        """The two factors of the update, of A and B as the modules hold them: these."""
+        return A, B
 
     def start(self) -> None:
         """Make what a new adapter has besides the factors, which PEFT makes: nothing."""
@@ -66,7 +70,7 @@ class LinearBlock:
         return dict(zip(FACTOR_NAMES, self.weights, strict=True))
 
     def factors(self, name: str, advice: str) -> Factors:
-        """A and B detached, read also from where accelerate keeps what it has offloaded.
+        """The two factors of the update detached, read also from where accelerate keeps what it has offloaded.
 
         Args:
             name: the layer's, for the message.
@@ -76,6 +80,7 @@ class LinearBlock:
             RuntimeError: if they are sharded, or offloaded otherwise.
         """
         A, B = (readable(held_tensor(module, "weight"), name, advice) for module in self.modules)
+        A, B = self.fold(A, B)
         return A.detach(), B.detach()
 
     def set_rank(self, rank: int) -> None:
@@ -110,6 +115,11 @@ class LinearBlock:
         if is_plain(B):
             return add_update(result, hidden, B.weight, self.scaling)
         return result + B(hidden) * self.scaling
+
+    def call(self, dropped: torch.Tensor) -> torch.Tensor:
+        """B A `dropped`, by calls of the modules, whose hooks load them wherever they run."""
+        A, B = self.modules
+        return B(A(dropped).to(dropped.device))
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""

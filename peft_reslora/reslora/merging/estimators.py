@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
 from peft_reslora.shared.names import PREFIX
-from peft_reslora.shared.patterns import by_pattern, scaling_of
+from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.tensors import widen
 
 # The buffers of a layer that keeps a C_n: C_n, and either the sketch of the factors it was fitted for, or the share t
@@ -258,7 +259,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        for part in (*FACTOR_KEYS, "lora_norm", *SHORTCUT_PARTS):
+        for part in (*FACTOR_KEYS, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
@@ -272,11 +273,24 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
                 f"{name!r}, but {shapes}. It is damaged or not a ResLoRA adapter; save the adapter again."
             )
         _check_shortcut_parts(name, A, found)
+        B = _fold(config, name, B, found.get(SINGULAR_VALUES))
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
-        scaling = scaling_of(config, A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
+        scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
         t = 0.0 if annealed is None else float(annealed)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
     return blocks
+
+
+def _fold(config: ResLoRAConfig, name: str, B: torch.Tensor, E: torch.Tensor | None) -> torch.Tensor:
+    """B E `(out_features, r)` of an adapter with AdaLoRA, B of another one."""
+    expected = (B.shape[1], 1) if config.total_step is not None else None
+    if (None if E is None else tuple(E.shape)) != expected:
+        shape = "is missing" if E is None else f"has the shape {tuple(E.shape)}"
+        raise ValueError(
+            f"{SINGULAR_VALUES} of layer {name!r} {shape}, and the config says {expected or 'that there is none'}: "
+            "config and tensors are not of one adapter. Take both from one save."
+        )
+    return B if E is None else widen(B) * widen(E).t()
 
 
 def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.Tensor]) -> None:
