@@ -15,7 +15,7 @@ from helpers.calibration import batches_of, divergence, log_probabilities, recor
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, bert, output_of
 from helpers.tolerances import MODEL64, rounding
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_reslora import ResLoRAConfig
@@ -81,6 +81,18 @@ def test_the_error_of_a_layer_is_that_of_its_update():
     assert math.isclose(layers[name], relative_error(x @ layer.get_delta_weight("default").T, update), rel_tol=MODEL64)
     assert layers["bert.encoder.layer.0.attention.self.query"] == 0.0
     assert list(layers) == [f"bert.encoder.layer.{n}.attention.self.query" for n in range(4)]
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
+def test_an_adapter_is_saved_after_a_report_as_before(shortcut, pre_num, tmp_path):
+    base, model = base_and_adapted("llama", shortcut, pre_num)
+    record_norms(model, TINY_MODELS["llama"].batches(3))
+    expected = output_of(model, TINY_MODELS["llama"].inputs())
+    merge_report(model, labelled())
+    assert model.peft_config["default"].estimate is None
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert relative_error(output_of(loaded, TINY_MODELS["llama"].inputs()), expected) < rounding(base)
 
 
 def test_the_model_is_left_as_it_came():

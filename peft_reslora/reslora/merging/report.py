@@ -244,6 +244,7 @@ def _cores(chains: Iterable[Chain]) -> dict[str, torch.Tensor]:
 def _merged(chains: Sequence[Chain], estimates: Estimates, merge: bool) -> Iterator[None]:
     """With `estimates` in place of the shortcuts, and merged into the weights if `merge`; undone at the end."""
     before = []
+    configs = [(chain.config, chain.config.estimate) for chain in chains]
     try:
         for chain in chains:
             for name, layer in zip(chain.names, chain.layers, strict=True):
@@ -263,6 +264,8 @@ def _merged(chains: Sequence[Chain], estimates: Estimates, merge: bool) -> Itera
                     layer.unmerge()
         for buffers, adapter_name, buffer in before:
             restore(buffers, adapter_name, buffer)
+        for config, estimate in configs:
+            config.estimate = estimate
 
 
 @dataclass(frozen=True)
