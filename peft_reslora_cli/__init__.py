@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 
-from peft_reslora_cli import configs, export, inspect, quickstart, train
+from peft_reslora_cli import compare, configs, export, inspect, quickstart, train
 
-COMMANDS = (quickstart, export, inspect, train, configs)  # in the order of `--help`; each has `add_parser` and `run`
+COMMANDS = (quickstart, export, inspect, train, compare, configs)  # in the order of `--help`; each has `add_parser` and `run`
 _LONGEST_LINE = 1200  # characters; other libraries list all of their classes
 
 

@@ -154,7 +154,11 @@ def _is_required(known: dataclasses.Field[Any]) -> bool:
 
 
 def _value(hint: Any, config: ConfigFile, key: Key, value: Any) -> Any:
-    nested = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is dict and dataclasses.is_dataclass(options[1]) and isinstance(value, Mapping):
+        kind = typing.cast("type[Any]", options[1])
+        return {name: build(kind, config, (*key, name), entry) for name, entry in value.items()}
+    nested = [option for option in (hint, *options) if dataclasses.is_dataclass(option)]
     if nested and isinstance(value, Mapping):
         return build(typing.cast("type[Any]", nested[0]), config, key, value)
     check_type(config, key, hint, value)

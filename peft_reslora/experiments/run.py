@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,11 @@ def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
 
 
 def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:
-    metrics = measure(task, trained, settings.calibration_rows)
+    splits = [name for name in task.data.splits if name != "train"]
+    metrics = measure(task, trained, settings.calibration_rows, splits)
     if settings.base.head == "fit":
         task.fresh_model().save_pretrained(str(folder / BASE))  # type: ignore[operator]
-    trained.model.save_pretrained(str(folder / ADAPTER))
+    save_adapter(trained, folder / ADAPTER)
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(folder / ADAPTER)
     metrics["export"] = _export(folder, trained) if settings.export else None
@@ -118,13 +119,13 @@ def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained)
     return metrics
 
 
-def measure(task: Task, trained: Trained, calibration_rows: int) -> dict[str, Any]:
-    """Everything that is measured on a trained model, JSON values only."""
+def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequence[str]) -> dict[str, Any]:
+    """Everything that is measured on a trained model, JSON values only; after the merge on the splits `merged`."""
     splits = [name for name in task.data.splits if name != "train"]
     return {
         "metric": task.metric,
         "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
-        "after_merge": {split: merged_metrics(task, trained.model, split, calibration_rows) for split in splits},
+        "after_merge": {split: merged_metrics(task, trained.model, split, calibration_rows) for split in merged},
         "forgetting": task.forgetting(trained.model) if task.forgetting else None,
         "losses": [round(loss, 6) for _, loss in trained.losses],
         "steps": trained.steps,
@@ -154,6 +155,11 @@ def _export(folder: Path, trained: Trained) -> dict[str, Any]:
     except (ValueError, NotImplementedError) as error:
         return {"refused": " ".join(str(error).split())}
     return {"exact": export.report.exact, "worst_relative_error": export.report.worst_error}
+
+
+def save_adapter(trained: Trained, folder: Path) -> None:
+    """As PEFT saves it, without its question to the Hub whether the vocabulary was changed: it was not."""
+    trained.model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def file_size(folder: Path) -> int:

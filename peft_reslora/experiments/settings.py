@@ -100,7 +100,7 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     settings = build(TrainSettings, ConfigFile(values, config.places))
     check_tuner(config, ("tuner",), settings.tuner)
     check_training(config, settings.training)
-    _check_sizes(config, settings)
+    check_sizes(config, settings.data)
     return settings
 
 
@@ -189,11 +189,11 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
         return {}
 
 
-def _check_sizes(config: ConfigFile, settings: TrainSettings) -> None:
-    sizes = {name: getattr(settings.data, name) for name in ("train_rows", "validation_rows", "test_rows")}
-    sizes["max_length"] = settings.data.max_length
+def check_sizes(config: ConfigFile, data: DataSettings) -> None:
+    """Refuse sizes that are not positive, and data without a source."""
+    sizes = {name: getattr(data, name) for name in ("train_rows", "validation_rows", "test_rows", "max_length")}
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{config.place(('data', name))}: data.{name}={value} must be a positive integer.")
-    if settings.data.hub is None and not settings.data.files:
+    if data.hub is None and not data.files:
         raise ValueError(f"{config.place(('data',))}: data needs hub or files.")

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_reslora.experiments.task import Task
@@ -79,6 +79,7 @@ def fit(
     steps: int,
     callbacks: tuple[TrainerCallback, ...] = (),
     resume: Path | None = None,
+    quiet: bool = False,
 ) -> Trained:
     """Adapt a fresh copy of the base and train it; the seed decides initialization and order of the rows.
 
@@ -102,6 +103,8 @@ def fit(
     trainer.loraplus_lr_ratio = method.loraplus_lr_ratio
     task_loss = _TaskLoss(model.get_base_model())
     trainer.add_callback(task_loss)
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     try:
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
