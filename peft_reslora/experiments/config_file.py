@@ -105,9 +105,10 @@ def _overridden(config: ConfigFile, overrides: Sequence[str]) -> ConfigFile:
             raise ValueError(f"{shown(override)} is no override; write key=value, such as training.max_steps=10.")
         *sections, last = key = tuple(name.split("."))
         inner = values
-        for section in sections:
+        for depth, section in enumerate(sections, start=1):
             if not isinstance(inner.get(section), dict):
                 inner[section] = {}  # a section that is unknown is refused when the settings are built
+                places[key[:depth]] = f"override {override}"
             inner = inner[section]
         inner[last] = yaml.load(text, Loader=_Loader)
         places[tuple(key)] = f"override {override}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -18,23 +19,27 @@ def estimates_shortcuts(model: PeftModel) -> bool:
     return getattr(model.peft_config["default"], "shortcut", "block") in ("input", "middle")
 
 
-def merged_metrics(task: Task, model: PeftModel, split: str, calibration_rows: int = 0) -> dict[str, Metrics]:
-    """Metrics after the merge, by estimator; `exact` where the merge needs none.
+def merged_metrics(
+    task: Task, model: PeftModel, splits: Sequence[str], calibration_rows: int = 0
+) -> dict[str, dict[str, Metrics]]:
+    """Metrics after the merge, by split and estimator; `exact` where the merge needs none.
 
     With `calibration_rows`, adapters whose merge is an estimate are calibrated, and stay so.
     """
+    found: dict[str, dict[str, Metrics]] = {split: {} for split in splits}
+
+    def merge_as(estimator: str) -> None:
+        merged = copy.deepcopy(model).merge_and_unload()
+        for split in splits:
+            found[split][estimator] = task.evaluate(merged, split)
+
     if not estimates_shortcuts(model):
-        return {"exact": _after_merge(task, model, split)}
+        merge_as("exact")
+        return found
     config: Any = model.peft_config["default"]
-    found = {}
     if config.merge_estimator != "least_squares":
-        found[config.merge_estimator] = _after_merge(task, model, split)
+        merge_as(config.merge_estimator)
     if calibration_rows or config.merge_estimator == "least_squares":
         calibrate_merge(model, task.batches(calibration_rows or 256))
-        found["least_squares"] = _after_merge(task, model, split)
+        merge_as("least_squares")
     return found
-
-
-def _after_merge(task: Task, model: PeftModel, split: str) -> Metrics:
-    merged = copy.deepcopy(model).merge_and_unload()
-    return task.evaluate(merged, split)

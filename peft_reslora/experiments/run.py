@@ -125,7 +125,7 @@ def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequenc
     return {
         "metric": task.metric,
         "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
-        "after_merge": {split: merged_metrics(task, trained.model, split, calibration_rows) for split in merged},
+        "after_merge": merged_metrics(task, trained.model, merged, calibration_rows),
         "forgetting": task.forgetting(trained.model) if task.forgetting else None,
         "losses": [round(loss, 6) for _, loss in trained.losses],
         "steps": trained.steps,
