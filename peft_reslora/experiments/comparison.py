@@ -29,6 +29,7 @@ from peft_reslora.experiments.training import Method, Trained, fit, planned_step
 from peft_reslora.export import save_as_lora
 
 Say = Callable[[str], None]
+_PROTOCOL = 1
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
 
 
@@ -148,13 +149,8 @@ class Comparison:
         return line
 
     def _identity(self, name: str) -> Any:
-        """Everything that decides a run's numbers but rate and seed; the data by its checksums, not by its place."""
-        settings = dataclasses.asdict(self.settings)
-        shared = {part: settings[part] for part in ("task", "base", "training", "calibration_rows", "cost_pairs")}
-        data = {k: v for k, v in settings["data"].items() if k not in ("folder", "hub", "files")}
-        checksums = sorted(self.task.data.checksums.values())
-        ratio = self.settings.methods[name].loraplus_lr_ratio
-        return [name, shared, data, checksums, self.budgets[name].tuner, ratio]
+        budget = self.budgets[name]
+        return run_identity(self.settings, name, budget.tuner, self.task)
 
     def _cost(self, name: str, k: int, seed: int) -> dict[str, Any]:
         own, reference = (
@@ -191,6 +187,31 @@ class Comparison:
         with tempfile.TemporaryDirectory() as scratch:
             training = {**self.settings.training, **_QUIET, "learning_rate": rate_of(k)}
             return fit(self.task, method, training_arguments(training, seed, Path(scratch), "none"), steps, quiet=True)
+
+
+def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any], task: Task) -> list[Any]:
+    """Everything that decides a run's numbers but rate and seed: the data by their checksums, not by their place.
+
+    Only what differs from the defaults counts, so that a setting that is added later leaves the lines valid. When the
+    meaning of a line changes, `_PROTOCOL` does.
+    """
+    base = dataclasses.replace(settings.base, pretrain=None)
+    data = dataclasses.replace(settings.data, folder=None, hub=None, files={})
+    pretrained = task.base.name_or_path if settings.base.pretrain else None
+    method = [name, dict(tuner), settings.methods[name].loraplus_lr_ratio]
+    sizes = [settings.calibration_rows, settings.cost_pairs]
+    checksums = sorted(task.data.checksums.values())
+    made_of = [settings.task, task.metric, chosen(base), pretrained, chosen(data), checksums]
+    return [_PROTOCOL, *made_of, settings.training, sizes, method]
+
+
+def chosen(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(settings)
+    }
+    return {name: value for name, value in vars(settings).items() if value != defaults[name]}
 
 
 def saved_sizes(trained: Trained) -> dict[str, int | None]:

@@ -159,6 +159,9 @@ def _value(hint: Any, config: ConfigFile, key: Key, value: Any) -> Any:
     if origin is dict and dataclasses.is_dataclass(options[1]) and isinstance(value, Mapping):
         kind = typing.cast("type[Any]", options[1])
         return {name: build(kind, config, (*key, name), entry) for name, entry in value.items()}
+    if origin is list and dataclasses.is_dataclass(options[0]) and isinstance(value, list):
+        kind = typing.cast("type[Any]", options[0])
+        return [build(kind, config, (*key, str(index)), entry) for index, entry in enumerate(value)]
     nested = [option for option in (hint, *options) if dataclasses.is_dataclass(option)]
     if nested and isinstance(value, Mapping):
         return build(typing.cast("type[Any]", nested[0]), config, key, value)

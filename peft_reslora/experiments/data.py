@@ -44,7 +44,7 @@ def load_data(settings: DataSettings, columns: Sequence[str]) -> Data:
     """Read what the settings name, refuse what is damaged, and cut the splits.
 
     Rows are shuffled with a fixed seed before they are cut, whatever the seed of the run: all runs see the same rows.
-    A missing validation split is taken from the training rows, so that the test split stays untouched.
+    A missing validation or test split is taken from the training rows: `validation_rows`, then `test_rows` of them.
 
     Raises:
         ValueError: for missing files, empty splits, missing columns or cells, with file, row and column.
@@ -156,6 +156,9 @@ def _cut(read: Mapping[str, Split], settings: DataSettings) -> dict[str, Split]:
     if "validation" not in splits and settings.validation_rows:
         splits["validation"] = _part(splits["train"], 0, settings.validation_rows)
         splits["train"] = _part(splits["train"], settings.validation_rows, None)
+    if "test" not in splits and settings.test_rows:
+        splits["test"] = _part(splits["train"], 0, settings.test_rows)
+        splits["train"] = _part(splits["train"], settings.test_rows, None)
     limits = {name: getattr(settings, f"{name}_rows") for name in SPLITS}
     splits = {name: _part(splits[name], 0, limits[name]) for name in SPLITS if name in splits}
     if not splits["train"].rows:

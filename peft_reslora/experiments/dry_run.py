@@ -16,7 +16,6 @@ from peft_reslora.experiments.tuners import make_config, trained_parameters
 from peft_reslora.reslora import ResLoRAConfig, describe_chains
 
 _ADAM = 16  # bytes of a trained parameter: itself, its gradient, and two moments, in float32
-_TEXT_COLUMNS = ("classification", "regression")
 
 
 def describe_run(settings: TrainSettings) -> str:
@@ -52,8 +51,7 @@ def describe_run(settings: TrainSettings) -> str:
 def _local_data(settings: TrainSettings) -> Data | None:
     if settings.data.folder is None and settings.data.hub is not None:
         return None
-    labels = [settings.data.label] if settings.task in _TEXT_COLUMNS else []
-    return load_data(settings.data, [*settings.data.text, *labels])
+    return load_data(settings.data, [*settings.data.text, settings.data.label])
 
 
 def _sizes(settings: TrainSettings, data: Data | None) -> str:
@@ -73,14 +71,7 @@ def _steps(settings: TrainSettings, data: Data | None) -> str:
 
 def empty_base(settings: TrainSettings) -> nn.Module:
     """The base on the meta device: shapes without memory. Of a Hub name, only the config is read."""
-    if settings.base.config == "unet":
-        from diffusers import UNet2DConditionModel
-
-        with torch.device("meta"):
-            unet: Any = UNet2DConditionModel(**settings.base.fields)
-            return unet
-    generates = settings.task in ("equations", "uuid_pairs")
-    kind = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    kind = AutoModelForCausalLM if settings.task == "generation" else AutoModelForSequenceClassification
     with torch.device("meta"):
         return kind.from_config(base_config(settings.base))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from peft_reslora.experiments.config_file import ConfigFile, build, check_type, refuse_unknown_keys
 
-TaskName = Literal["classification", "regression", "equations", "uuid_pairs", "text_to_image"]
+TaskName = Literal["classification", "regression", "generation"]
 Head = Literal["fit", "train"]
 
 
@@ -35,11 +35,35 @@ class DataSettings:
     files: dict[str, str] = field(default_factory=dict)
     text: list[str] = field(default_factory=lambda: ["text"])
     label: str = "label"
+    answer: str | None = None
+    new_tokens: int = 24
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
     max_length: int = 64
     too_long: Literal["truncate", "refuse"] = "truncate"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Rows to pretrain on: of the Hub, or a `file` in the folder; `text` is a template with the names of columns."""
+
+    text: str
+    hub: HubData | None = None
+    file: str | None = None
+    masked_numbers: bool = False
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What a language model that is built in code learns before it is frozen."""
+
+    sources: list[TextSource]
+    folder: str | None = None
+    steps: int = 800
+    rate: float = 2e-3
+    batch: int = 16
+    length: int = 128
 
 
 @dataclass(frozen=True)
@@ -52,8 +76,7 @@ class BaseSettings:
     head: Head = "train"
     head_rows: int = 1000
     vocabulary: int = 2000
-    pretrain_steps: int = 0
-    pretrain_rate: float = 1e-3
+    pretrain: PretrainSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -123,18 +146,12 @@ def base_values(config: ConfigFile, given: Any) -> dict[str, Any]:
 
 
 def _config_fields(config: ConfigFile, model_type: str) -> list[str]:
-    if model_type == "unet":  # of diffusers, whose config is the signature of its constructor
-        import inspect
-
-        from diffusers import UNet2DConditionModel
-
-        return [name for name in inspect.signature(UNet2DConditionModel.__init__).parameters if name != "self"]
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         import difflib
 
-        near = difflib.get_close_matches(model_type, [*CONFIG_MAPPING, "unet"], n=1)
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{config.place(('base', 'config'))}: {model_type!r} is no model type of transformers.{hint}")
     return [f.name for f in dataclasses.fields(CONFIG_MAPPING[model_type])]

@@ -12,6 +12,10 @@ def make_task(settings: TrainSettings) -> Task:
     Raises:
         ValueError: for bad data, with file, row and column.
     """
+    if settings.task == "generation":
+        from peft_reslora.experiments.generation import generation_task
+
+        return generation_task(settings)
     from peft_reslora.experiments.text_tasks import text_task
 
     return text_task(settings)

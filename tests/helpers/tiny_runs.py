@@ -24,7 +24,7 @@ def write_films(folder: Path, rows: int = 160) -> Path:
     return folder
 
 
-def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def tiny_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A training run's settings, as a YAML file would hold them."""
     settings: dict[str, Any] = {
         "task": "classification",
@@ -39,7 +39,7 @@ def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
             "head_rows": 32,
         },
         "data": {
-            "folder": str(data),
+            "folder": str(folder),
             "files": {"train": "train.tsv", "test": "test.tsv"},
             "text": ["sentence"],
             "label": "label",
