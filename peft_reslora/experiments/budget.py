@@ -35,8 +35,13 @@ def count_parameters(base: nn.Module, tuner: Mapping[str, Any]) -> int:
     counted = dict(tuner)
     if counted["peft_type"] == "ADALORA":
         counted["init_r"] = counted["target_r"]
-    empty = copy.deepcopy(base).to("meta")
-    return trained_parameters(adapt(empty, make_config(counted, 100)))
+    return trained_parameters(adapt(copy.deepcopy(without_storage(base)), make_config(counted, 100)))
+
+
+def without_storage(base: nn.Module) -> nn.Module:
+    """A copy on the meta device; the model itself, if it is there."""
+    there = all(parameter.device.type == "meta" for parameter in base.parameters())
+    return base if there else copy.deepcopy(base).to("meta")
 
 
 def with_rank(tuner: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -62,6 +67,7 @@ def nearest_rank(count: Callable[[int], int], wanted: int, most: int = _MOST) ->
 def match_budget(base: nn.Module, tuner: Mapping[str, Any], wanted: int) -> Budget:
     """Choose the rank; where even the nearest is further than 2 % away, the budget says so."""
     counts: dict[int, int] = {}
+    base = without_storage(base)
 
     def count(rank: int) -> int:
         if rank not in counts:

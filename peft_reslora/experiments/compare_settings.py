@@ -78,9 +78,12 @@ def compare_settings(config: ConfigFile) -> CompareSettings:
 def _methods(config: ConfigFile, settings: CompareSettings) -> dict[str, MethodSettings]:
     """Each with the common fields, as far as its own do not say otherwise."""
     full = {}
+    common = {name: config.place(("tuner", name)) for name in settings.tuner}
     for name, method in settings.methods.items():
         tuner = {**settings.tuner, **method.tuner}
-        check_tuner(config, ("methods", name, "tuner"), tuner)
+        key = ("methods", name, "tuner")
+        places = {(*key, field): place for field, place in common.items() if field not in method.tuner}
+        check_tuner(ConfigFile(config.values, {**config.places, **places}), key, tuner)
         full[name] = MethodSettings(tuner, method.loraplus_lr_ratio)
     return full
 

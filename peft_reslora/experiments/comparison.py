@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from peft_reslora.experiments.budget import Budget, count_parameters, match_budget
+from peft_reslora.experiments.budget import Budget, count_parameters, match_budget, without_storage
 from peft_reslora.experiments.compare_settings import CompareSettings, as_train_settings, compare_settings
 from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.cost import relative_cost
@@ -79,13 +79,14 @@ def prepare(settings: CompareSettings, shard: tuple[int, int], say: Say) -> Comp
 
 def choose_budgets(task: Task, settings: CompareSettings) -> dict[str, Budget]:
     """The rank of every method; the reference keeps its own."""
-    wanted = count_parameters(task.base, settings.methods[settings.reference].tuner)
+    base = without_storage(task.base)
+    wanted = count_parameters(base, settings.methods[settings.reference].tuner)
     budgets = {}
     for name, method in settings.methods.items():
         if settings.match_parameters:
-            budgets[name] = match_budget(task.base, method.tuner, wanted)
+            budgets[name] = match_budget(base, method.tuner, wanted)
         else:
-            count = count_parameters(task.base, method.tuner)
+            count = count_parameters(base, method.tuner)
             budgets[name] = Budget(dict(method.tuner), int(method.tuner.get("r", 0)), count, count / wanted)
     return budgets
 

@@ -69,7 +69,7 @@ def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedT
     tokenizer = AutoTokenizer.from_pretrained(settings.name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(settings.name), tokenizer, []
+    return AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype), tokenizer, []
 
 
 def prompt_of(settings: DataSettings, row: Row) -> str:

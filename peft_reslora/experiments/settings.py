@@ -76,6 +76,7 @@ class BaseSettings:
     head: Head = "train"
     head_rows: int = 1000
     vocabulary: int = 2000
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     pretrain: PretrainSettings | None = None
 
 

@@ -91,7 +91,7 @@ def load_text_base(
         return built_in_code(settings, labels, tokenizer), tokenizer
     weights = find_weights() if settings.name == "minilm" else str(settings.name)
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    model = AutoModelForSequenceClassification.from_pretrained(weights, **labels)
+    model = AutoModelForSequenceClassification.from_pretrained(weights, dtype=settings.dtype, **labels)
     if tokenizer.pad_token is None:  # of many language models
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
