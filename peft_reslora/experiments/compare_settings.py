@@ -82,8 +82,9 @@ def _methods(config: ConfigFile, settings: CompareSettings) -> dict[str, MethodS
     for name, method in settings.methods.items():
         tuner = {**settings.tuner, **method.tuner}
         key = ("methods", name, "tuner")
-        places = {(*key, field): place for field, place in common.items() if field not in method.tuner}
-        check_tuner(ConfigFile(config.values, {**config.places, **places}), key, tuner)
+        places = dict(config.places)
+        places |= {(*key, field): place for field, place in common.items() if field not in method.tuner}
+        check_tuner(ConfigFile(config.values, places), key, tuner)
         full[name] = MethodSettings(tuner, method.loraplus_lr_ratio)
     return full
 
@@ -101,8 +102,12 @@ def _check_protocol(config: ConfigFile, settings: CompareSettings) -> None:
         )
     if nearest_quarter(settings.rates.lowest) >= nearest_quarter(settings.rates.highest):
         raise ValueError(f"{config.place(('rates',))}: rates.lowest must be below rates.highest.")
-    if settings.data.validation_rows is None and "validation" not in settings.data.files:
+    if settings.data.uuid_pairs is None and not _has_validation(settings.data):
         raise ValueError(f"{config.place(('data',))}: rates are chosen on a validation split; set validation_rows.")
+
+
+def _has_validation(data: DataSettings) -> bool:
+    return data.validation_rows is not None or "validation" in data.files
 
 
 def as_train_settings(settings: CompareSettings) -> TrainSettings:

@@ -49,10 +49,25 @@ def load_data(settings: DataSettings, columns: Sequence[str]) -> Data:
     Raises:
         ValueError: for missing files, empty splits, missing columns or cells, with file, row and column.
     """
+    if settings.uuid_pairs is not None:
+        return random_pairs(settings.uuid_pairs, columns)
     read, checksums = _read_files(settings) if settings.folder or not settings.hub else _read_hub(settings)
     for split in read.values():
         check_rows(split, columns)
     return Data(_cut(read, settings), checksums)
+
+
+def random_pairs(count: int, columns: Sequence[str]) -> Data:
+    """Pairs of 32 random hexadecimal digits; every split holds all of them (MoRA, arXiv 2405.12130, section 3)."""
+    draw = random.Random(0)
+    key, value = columns[0], columns[1]
+    split = number_rows("random pairs", [{key: _digits(draw), value: _digits(draw)} for _ in range(count)])
+    checksum = hashlib.sha256(json.dumps(split.rows).encode()).hexdigest()
+    return Data(dict.fromkeys(SPLITS, split), {"random pairs": checksum})
+
+
+def _digits(draw: random.Random) -> str:
+    return f"{draw.getrandbits(128):032x}"
 
 
 def _read_files(settings: DataSettings) -> tuple[dict[str, Split], dict[str, str]]:

@@ -49,7 +49,7 @@ def describe_run(settings: TrainSettings) -> str:
 
 
 def _local_data(settings: TrainSettings) -> Data | None:
-    if settings.data.folder is None and settings.data.hub is not None:
+    if settings.data.folder is None and settings.data.uuid_pairs is None and settings.data.hub is not None:
         return None
     return load_data(settings.data, [*settings.data.text, settings.data.label])
 

@@ -1,8 +1,8 @@
-"""Generation: a prompt is completed, and the number that the completion means is compared with the wanted one."""
+"""Generation: prompts are completed; the number that a completion means counts, or its characters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.arithmetic import plain_numbers, same_number, value_of
-from peft_reslora.experiments.data import Row, Split, load_data
+from peft_reslora.experiments.data import Data, Row, Split, load_data
 from peft_reslora.experiments.pretraining import pretrained
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
 from peft_reslora.experiments.task import Batch, Example, Task
@@ -25,25 +25,44 @@ def generation_task(settings: TrainSettings) -> Task:
     Raises:
         ValueError: for bad data, with file, row and column.
     """
-    answer = settings.data.answer or settings.data.label
-    data = load_data(settings.data, [*settings.data.text, settings.data.label, answer])
-    wanted = {name: answers(split, answer) for name, split in data.splits.items()}
+    columns = [*settings.data.text, settings.data.label, settings.data.answer or settings.data.label]
+    data = load_data(settings.data, columns)
+    metric, score = _metric(settings.data, data)
     base, tokenizer, held_out = load_generation_base(settings.base)
     train = encode_pairs(data.splits["train"], tokenizer, settings.data)
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
         prompts = [prompt_of(settings.data, row) for row in data.splits[split].rows]
         texts = complete(model, tokenizer, prompts, settings.data.new_tokens)
-        right = [same_number(text, number) for text, number in zip(texts, wanted[split], strict=True)]
-        return {"exact_match": 100 * sum(right) / len(right)}
+        return {metric: score(texts, split)}
 
     def forgetting(model: nn.Module) -> float:
         return text_loss(model, tokenizer, held_out, settings.data.max_length)
 
     collate = completion_collator(int(tokenizer.pad_token_id))
     return Task(
-        settings.task, "exact_match", base, data, train, collate, evaluate, forgetting if held_out else None, tokenizer
+        settings.task, metric, base, data, train, collate, evaluate, forgetting if held_out else None, tokenizer
     )
+
+
+def _metric(settings: DataSettings, data: Data) -> tuple[str, Callable[[Sequence[str], str], float]]:
+    """How completions of a split are scored: by the number they mean, or by their characters."""
+    if settings.match == "characters":
+        texts = {name: [str(row[settings.label]) for row in split.rows] for name, split in data.splits.items()}
+        return "characters", lambda found, name: mean_of(map(same_characters, found, texts[name]))
+    wanted = {name: answers(split, settings.answer or settings.label) for name, split in data.splits.items()}
+    return "exact_match", lambda found, name: mean_of(map(same_number, found, wanted[name]))
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean in percent."""
+    listed = list(values)
+    return 100 * sum(listed) / len(listed)
+
+
+def same_characters(text: str, wanted: str) -> float:
+    """Share of the wanted characters that stand at their place."""
+    return sum(a == b for a, b in zip(text, wanted, strict=False)) / len(wanted)
 
 
 def answers(split: Split, column: str) -> list[float]:

@@ -56,7 +56,15 @@ def train(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, 
 
 
 def train_with(settings: TrainSettings) -> dict[str, Any]:
-    """`train` with settings that are checked."""
+    """`train` with settings that are checked.
+
+    Raises:
+        ValueError: under a launcher with several processes, which would write one folder at the same time.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "peft-reslora train runs in one process so far; start it without accelerate launch or torchrun."
+        )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)

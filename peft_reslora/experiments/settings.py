@@ -28,7 +28,10 @@ class HubData:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the rows come from: the Hub, or `files` (csv, tsv, jsonl, parquet) in `folder`, which goes first."""
+    """Where the rows come from: the Hub, or `files` (csv, tsv, jsonl, parquet) in `folder`, which goes first.
+
+    Or `uuid_pairs` random ones, which are learned by heart: all splits are the same.
+    """
 
     hub: HubData | None = None
     folder: str | None = None
@@ -37,6 +40,8 @@ class DataSettings:
     label: str = "label"
     answer: str | None = None
     new_tokens: int = 24
+    match: Literal["number", "characters"] = "number"
+    uuid_pairs: int | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
@@ -207,11 +212,14 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
         return {}
 
 
+_SIZES = ("train_rows", "validation_rows", "test_rows", "max_length", "new_tokens", "uuid_pairs")
+
+
 def check_sizes(config: ConfigFile, data: DataSettings) -> None:
     """Refuse sizes that are not positive, and data without a source."""
-    sizes = {name: getattr(data, name) for name in ("train_rows", "validation_rows", "test_rows", "max_length")}
+    sizes = {name: getattr(data, name) for name in _SIZES}
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{config.place(('data', name))}: data.{name}={value} must be a positive integer.")
-    if data.hub is None and not data.files:
-        raise ValueError(f"{config.place(('data',))}: data needs hub or files.")
+    if data.hub is None and not data.files and data.uuid_pairs is None:
+        raise ValueError(f"{config.place(('data',))}: data needs hub, files or uuid_pairs.")

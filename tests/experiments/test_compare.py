@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_runs import tiny_comparison, write_films
+import yaml
+from helpers.tiny_runs import tiny_comparison, tiny_run, write_films
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -83,6 +85,7 @@ def test_a_comparison_that_was_interrupted_goes_on(
     assert without_times(tmp_path / "again") == without_times(finished[0])
 
 
+@pytest.mark.slow
 def test_shards_joined_in_one_folder_are_the_whole(
     films: Path, finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,3 +233,19 @@ def test_a_line_that_was_not_finished_is_cut_off_and_a_broken_one_is_named(tmp_p
     path.write_text('{"key": "a"}\nno json\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"runs.jsonl, line 2 is no JSON"):
         read_lines(tmp_path)
+
+
+def test_the_python_of_the_docs_runs(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a run.yaml and a comparison.yaml of the reader's own."""
+    text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    settings = tiny_comparison(films, tmp_path / "films")
+    settings["methods"] = {"LoRA": settings["methods"]["LoRA"]}
+    for name, values in (("run", tiny_run(films, tmp_path / "run")), ("comparison", settings)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    monkeypatch.setattr(comparison, "write_report", lambda *_: None)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert [summary.name for summary in names["summaries"]] == ["LoRA"]
+    assert names["metrics"]["steps"] == 10

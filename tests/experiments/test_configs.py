@@ -17,7 +17,9 @@ TRAIN, COMPARE = list_configs("train"), list_configs("compare")
 
 def test_there_are_configs() -> None:
     assert len(TRAIN) > 10
-    assert {"compare/sst2", "compare/cola", "compare/rte", "compare/stsb", "compare/svamp"} <= set(COMPARE)
+    assert {"compare/sst2", "compare/cola", "compare/rte", "compare/stsb", "compare/svamp", "compare/uuid"} <= set(
+        COMPARE
+    )
 
 
 @pytest.mark.parametrize("name", TRAIN)

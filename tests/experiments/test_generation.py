@@ -14,7 +14,7 @@ from helpers.tiny_runs import tiny_run
 from peft_reslora.experiments import pretraining, train
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, same_number, unmask, value_of
 from peft_reslora.experiments.config_file import from_mapping
-from peft_reslora.experiments.generation import complete, text_loss
+from peft_reslora.experiments.generation import complete, same_characters, text_loss
 from peft_reslora.experiments.settings import TextSource, train_settings
 from peft_reslora.experiments.tasks import make_task
 
@@ -163,3 +163,21 @@ def test_rows_that_do_not_fit_are_refused_and_answers_without_a_number(settings:
         make_task(train_settings(from_mapping(settings, ["data.max_length=8"])))
     with pytest.raises(ValueError, match=r"sums.jsonl, row \d+, column 'question'.*holds no number|no such column"):
         make_task(train_settings(from_mapping(settings, ["data.answer=nothing"])))
+
+
+def test_random_pairs_are_scored_by_their_characters(settings: dict[str, Any]) -> None:
+    settings["data"] = {
+        "uuid_pairs": 16,
+        "text": ["key"],
+        "label": "value",
+        "match": "characters",
+        "max_length": 80,
+        "new_tokens": 32,
+    }
+    task = make_task(train_settings(from_mapping(settings)))
+    rows = task.data.splits["train"].rows
+    assert len({row["key"] for row in rows} | {row["value"] for row in rows}) == 32
+    assert all(len(value) == 32 and int(value, 16) >= 0 for row in rows for value in row.values())
+    assert task.metric == "characters"
+    assert 0 <= task.evaluate(task.base, "test")["characters"] < 50
+    assert same_characters("abxd", "abcdefgh") == 3 / 8

@@ -200,3 +200,9 @@ def test_threads_are_those_of_the_settings(films: Path, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_several_processes_are_refused(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process so far"):
+        train(tiny_run(films, tmp_path / "run"))
