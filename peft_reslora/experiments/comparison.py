@@ -30,6 +30,7 @@ from peft_reslora.export import save_as_lora
 
 Say = Callable[[str], None]
 _PROTOCOL = 1
+_PLACE = ("use_cpu", "dataloader_num_workers")  # where and not what is computed
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
 
 
@@ -141,7 +142,7 @@ class Comparison:
         if found := next((line for line in self.lines() if line["key"] == key), None):
             return found
         line: Line = {"key": key, "identity": identity, "kind": kind, "method": name, "seed": seed}
-        line |= {"rate": rate_of(k), "quarter": k}
+        line |= {"rate": rate_of(k), "quarter": k, "device": device_name()}
         line |= finite(make(name, k, seed))
         append_line(self.path, line)
         shown = {n: line[n] for n in ("validation", "test", "step_ratio", "train_seconds") if line.get(n) is not None}
@@ -202,8 +203,9 @@ def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any],
     method = [name, dict(tuner), settings.methods[name].loraplus_lr_ratio]
     sizes = [settings.calibration_rows, settings.cost_pairs]
     checksums = sorted(task.data.checksums.values())
+    training = {key: value for key, value in settings.training.items() if key not in _PLACE}
     made_of = [settings.task, task.metric, chosen(base), pretrained, chosen(data), checksums]
-    return [_PROTOCOL, *made_of, settings.training, sizes, method]
+    return [_PROTOCOL, *made_of, training, sizes, method]
 
 
 def chosen(settings: Any) -> dict[str, Any]:
@@ -225,6 +227,10 @@ def saved_sizes(trained: Trained) -> dict[str, int | None]:
         except (ValueError, NotImplementedError):
             return {"native_bytes": file_size(native), "exported_bytes": None}
         return {"native_bytes": file_size(native), "exported_bytes": file_size(exported)}
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def finite(value: Any) -> Any:

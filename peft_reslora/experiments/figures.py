@@ -73,7 +73,7 @@ def plot_rates(summaries: Sequence[MethodSummary], reference: str, path: Path, t
         _draw_rates(axes, summary, _COLORS[0])
         axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{title}: one run a rate; the ring is the rate that was chosen", fontsize=10)
+    figure.suptitle(f"{title}: one run a rate, without those that diverged; the ring is the one chosen", fontsize=10)
     _save(figure, path)
 
 
@@ -91,7 +91,16 @@ def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metr
         for index, s in enumerate(summaries):
             if s.test_mean is not None and s.cost:
                 error = (s.test_deviation or 0.0) / math.sqrt(len(s.tests))
-                axes.errorbar(s.cost[key], s.test_mean, yerr=error, **_style(index), capsize=2, ls="", label=s.name)
+                axes.errorbar(
+                    s.cost[key],
+                    s.test_mean,
+                    yerr=error,
+                    **_style(index),
+                    capsize=2,
+                    elinewidth=0.8,
+                    ls="",
+                    label=s.name,
+                )
         axes.set(xlabel=f"{name} / reference's")
         _plain(axes)
     panels[0].set_ylabel(f"test {metric}, %, mean and its standard error")
@@ -119,6 +128,8 @@ def _panels(count: int, xlabel: str, ylabel: str) -> tuple[Any, list[Any]]:
         axes.set_visible(False)
     for axes in panels:
         _plain(axes)
+    for axes in panels[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)  # also above a panel that is not there
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     return figure, panels[:count]

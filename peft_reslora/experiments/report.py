@@ -117,11 +117,9 @@ def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
     missing = [s.name for s in summaries if not s.tests]
     if missing:
         lines.append(f"- Not finished: {prose(', '.join(missing))}.")
-    few = [s.name for s in summaries if 0 < len(s.tests) < FEWEST_SEEDS]
+    few = [s.name for s in summaries if s.difference is not None and s.difference.verdict == "too few seeds"]
     if few:
-        lines.append(
-            f"- Fewer than {FEWEST_SEEDS} seeds, so that no difference can be called: {prose(', '.join(few))}."
-        )
+        lines.append(f"- Fewer than {FEWEST_SEEDS} seeds, from which nothing follows: {prose(', '.join(few))}.")
     return lines
 
 
@@ -151,10 +149,11 @@ def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSumm
         f"seed {settings.search_seed}, which is not among those reported: {', '.join(map(str, settings.seeds))}.",
         "- test: mean and standard deviation over the seeds, before the merge. difference: to the reference, paired "
         "by seed; the interval is an expanded percentile bootstrap of the mean over seeds, so that it holds for other "
-        f"seeds on these data, not for other data. With {max(len(summaries) - 1, 1)} methods, one false verdict in "
-        "twenty is to be expected.",
+        "seeds on these data, not for other data. Of twenty methods as good as the reference, one is expected to "
+        "be called better or worse.",
         f"- Losses are means of the last {window_of(steps or 1)} steps. Steps to the reference's loss: median over "
-        "the seeds of the first step at which that mean is as low as the reference's at its end.",
+        "the seeds of the first step at which that mean is as low as the reference's at its end; the reference's own "
+        "number says what noise does to it.",
         f"- Step time and memory: ratios to the reference; {pairs} pairs of steps in turns, medians with quartiles. "
         "Memory: peak of what a step has alive beside weights and optimizer.",
     ]

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Verdict = Literal["better", "worse", "no difference seen"]
+Verdict = Literal["better", "worse", "no difference seen", "too few seeds"]
 
 FEWEST_SEEDS = 5
 """Fewer paired differences say nothing: three of one sign come by chance in one case of four."""
@@ -75,7 +75,9 @@ def paired_difference(values: Sequence[float], reference: Sequence[float], confi
     differences = [a - b for a, b in zip(values, reference, strict=True)]
     low, high = bootstrap_interval(differences, confidence)
     verdict: Verdict = "no difference seen"
-    if len(differences) >= FEWEST_SEEDS and (low > 0 or high < 0):
+    if len(differences) < FEWEST_SEEDS:
+        verdict = "too few seeds"
+    elif low > 0 or high < 0:
         verdict = "better" if low > 0 else "worse"
     return Difference(float(np.mean(differences)), low, high, len(differences), verdict)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -38,27 +37,24 @@ def text_task(settings: TrainSettings) -> Task:
     if settings.base.head == "fit":
         fit_head(base, in_batches(encoded["train"][: settings.base.head_rows], collate))
     batches = {name: in_batches(rows, collate) for name, rows in encoded.items()}
-    wanted = {n: np.array([y for b in parts for y in b["labels"].tolist()]) for n, parts in batches.items()}
+    metric, new_head = metric_name(settings, len(names)), settings.base.head == "train"
+    evaluate = _evaluation(batches, classes=len(names))
+    return Task(settings.task, metric, base, data, encoded["train"], collate, evaluate, None, tokenizer, new_head)
+
+
+def _evaluation(batches: Mapping[str, Sequence[Batch]], classes: int) -> Callable[[nn.Module, str], dict[str, float]]:
+    """Metrics of a model on a split; of regression, which has no classes, the correlations."""
+    wanted = {
+        name: torch.cat([batch["labels"] for batch in parts]).double().numpy() for name, parts in batches.items()
+    }
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
         logits = outputs(model, batches[split]).double().numpy()
-        if names:
+        if classes:
             return classification_metrics(logits, wanted[split])
         return regression_metrics(logits[:, 0], wanted[split])
 
-    metric = metric_name(settings, len(names))
-    return Task(
-        settings.task,
-        metric,
-        base,
-        data,
-        encoded["train"],
-        collate,
-        evaluate,
-        None,
-        tokenizer,
-        settings.base.head == "train",
-    )
+    return evaluate
 
 
 def metric_name(settings: TrainSettings, classes: int) -> str:

@@ -86,11 +86,7 @@ def fit(
     Raises:
         ValueError: if a batch is larger than the training split, so that there would be no step.
     """
-    if len(task.train) < arguments.per_device_train_batch_size:
-        raise ValueError(
-            f"{len(task.train)} training rows do not fill one batch of {arguments.per_device_train_batch_size}; lower "
-            "training.per_device_train_batch_size or give more rows."
-        )
+    _check_batch(task, arguments)
     set_seed(arguments.seed)
     model = adapt(task.fresh_model(), make_config(with_head(method.tuner, task), steps))
     trainer = _Trainer(
@@ -111,6 +107,15 @@ def fit(
         task_loss.remove()
     losses = [(entry["step"], entry["task_loss"]) for entry in trainer.state.log_history if "task_loss" in entry]
     return Trained(model, losses, float(result.metrics["train_runtime"]), trainer.state.global_step)
+
+
+def _check_batch(task: Task, arguments: TrainingArguments) -> None:
+    rows, batch = len(task.train), arguments.per_device_train_batch_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise ValueError(
+            f"{rows} training rows do not fill one batch of {batch}; lower training.per_device_train_batch_size or "
+            "give more rows."
+        )
 
 
 def with_head(tuner: Mapping[str, Any], task: Task) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def summaries(gain: float, seeds: int) -> list[MethodSummary]:
         (2.0, 5, "Better than LoRA: Other."),
         (-2.0, 5, "Worse than LoRA: Other."),
         (-0.2, 5, "No difference seen from LoRA: Other."),
-        (2.0, 3, "No difference seen from LoRA: Other."),
+        (2.0, 3, "Fewer than 5 seeds, from which nothing follows: Other."),
     ],
 )
 def test_findings_use_the_words_that_the_interval_allows(gain: float, seeds: int, said: str) -> None:

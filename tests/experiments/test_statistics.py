@@ -55,7 +55,7 @@ def test_one_value_has_no_interval() -> None:
         ([2.0, 3.1, 4.2, 5.0, 6.1], [1.0, 2.0, 3.0, 4.0, 5.0], "better"),
         ([0.0, 1.1, 1.9, 3.0, 4.1], [1.0, 2.0, 3.0, 4.0, 5.0], "worse"),
         ([0.0, 3.0, 1.0, 5.0, 6.0], [1.0, 2.0, 3.0, 4.0, 5.0], "no difference seen"),
-        ([2.0, 3.1, 4.2], [1.0, 2.0, 3.0], "no difference seen"),
+        ([2.0, 3.1, 4.2], [1.0, 2.0, 3.0], "too few seeds"),
     ],
     ids=["better", "worse", "both signs", "too few seeds"],
 )

@@ -206,3 +206,8 @@ def test_several_processes_are_refused(films: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process so far"):
         train(tiny_run(films, tmp_path / "run"))
+
+
+def test_fewer_rows_than_a_batch_are_refused(films: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"5 training rows do not fill one batch of 8"):
+        train(tiny_run(films, tmp_path / "run"), "data.train_rows=5")
