@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, unmask
@@ -91,7 +92,7 @@ def _train(
     model = AutoModelForCausalLM.from_config(_config(settings, tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=pretrain.rate, weight_decay=0.01)
     batches = _batches(blocks(tokenizer, texts, pretrain.length), pretrain.batch)
-    for step in range(pretrain.steps):
+    for step in tqdm(range(pretrain.steps), desc="pretraining", unit="step"):
         share = min((step + 1) / max(1, pretrain.steps // 20), (pretrain.steps - step) / pretrain.steps)
         for group in optimizer.param_groups:
             group["lr"] = pretrain.rate * share

@@ -11,14 +11,14 @@ from datasets import Dataset
 from helpers.tiny_runs import write_films
 
 from peft_reslora.experiments.data import Data, class_labels, load_data, numbers, read_file
-from peft_reslora.experiments.settings import DataSettings
+from peft_reslora.experiments.settings import DataSettings, HubData
 
 FILES = {"train": "train.tsv", "test": "test.tsv"}
 
 
 def load(folder: Path, **changes: object) -> Data:
     settings = DataSettings(folder=str(folder), files=FILES, text=["sentence"], label="label", validation_rows=40)
-    return load_data(replace(settings, **changes), ["sentence", "label"])  # type: ignore[arg-type]
+    return load_data(replace(settings, **changes), ["sentence", "label"])
 
 
 def replace_row(folder: Path, number: int, row: str, file: str = "train.tsv") -> None:
@@ -90,3 +90,30 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     replace_row(folder, 5, "words\t1\tnan")
     with pytest.raises(ValueError, match=r"train.tsv, row 5, column 'score': 'nan' is no finite number"):
         numbers(load(folder, validation_rows=None).splits["train"], "score")
+
+
+def test_the_hub_gives_the_same_rows_under_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the Hub: its columns are renamed, its splits mapped, and `folder` goes before it."""
+    folder = write_films(tmp_path)
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> Dataset:
+        asked.append((name, config, split))
+        rows = read_file(folder / ("train.tsv" if split == "train" else "test.tsv"))
+        return Dataset.from_list(rows).rename_column("label", "target")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    hub = HubData("glue", "sst2", test="validation", rename={"target": "label"})
+    in_hub = DataSettings(hub=hub, text=["sentence"], label="label", validation_rows=40)
+    local, from_hub = load(folder, hub=hub), load_data(in_hub, ["sentence", "label"])
+    assert asked == [("glue", "sst2", "train"), ("glue", "sst2", "validation")]
+    assert {n: s.rows for n, s in local.splits.items()} == {n: s.rows for n, s in from_hub.splits.items()}
+    assert from_hub.splits["test"].place(0, "label").startswith("glue/sst2:validation, row")
+    assert set(from_hub.checksums) == {"glue/sst2:train", "glue/sst2:validation"}
+
+
+def test_a_missing_test_split_is_cut_from_training(tmp_path: Path) -> None:
+    folder = write_films(tmp_path)
+    data = load(folder, files={"train": "train.tsv"}, test_rows=30)
+    assert data.sizes() == {"train": 90, "validation": 40, "test": 30}
+    assert len({n for split in data.splits.values() for n in split.numbers}) == 160
