@@ -16,7 +16,8 @@ from importlib import metadata
 
 from peft_reslora_cli import compare, configs, export, inspect, quickstart, train
 
-COMMANDS = (quickstart, export, inspect, train, compare, configs)  # in the order of `--help`; each has `add_parser` and `run`
+# In the order of `--help`; each has `add_parser` and `run`.
+COMMANDS = (quickstart, export, inspect, train, compare, configs)
 _LONGEST_LINE = 1200  # characters; other libraries list all of their classes
 
 
