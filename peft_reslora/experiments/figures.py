@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 from peft_reslora.experiments.statistics import smoothed, window_of
 from peft_reslora.experiments.summary import MethodSummary
+from peft_reslora.shared.plots import PALETTE, new_figure, require_matplotlib, save_figure
 
-_REFERENCE = "#000000"
-# Okabe and Ito's palette without black, which is the reference's: apart in print and for colour-blind readers.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a500")
+_REFERENCE = PALETTE[-1]
+_COLORS = (*PALETTE[:-1], "#b8a500")  # black is the reference's
 _MARKERS = "osD^vPX*<>ph"
 _COLUMNS = 3
 
@@ -86,7 +82,7 @@ def _draw_rates(axes: Any, summary: MethodSummary, color: str) -> None:
 
 def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metric: str) -> None:
     """Test metric against step time and against memory, both relative to the reference; up and left is better."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout="constrained")
+    figure, panels = new_figure(2, width=5.5, height=5.2)
     for axes, key, name in zip(panels, ("step_ratio", "memory_ratio"), ("step time", "peak memory"), strict=True):
         for index, s in enumerate(summaries):
             if s.test_mean is not None and s.cost:
@@ -102,7 +98,6 @@ def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metr
                     label=s.name,
                 )
         axes.set(xlabel=f"{name} / reference's")
-        _plain(axes)
     panels[0].set_ylabel(f"test {metric}, %, mean and its standard error")
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
@@ -112,22 +107,19 @@ def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metr
 
 
 def _panels(count: int, xlabel: str, ylabel: str) -> tuple[Any, list[Any]]:
-    rows = max(1, math.ceil(count / _COLUMNS))
+    """So many panels in rows of three, on the same axes."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     columns = min(max(count, 1), _COLUMNS)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.6 * columns, 2.6 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    panels = list(grid.flat)
+    rows = max(1, math.ceil(count / columns))
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
-    for axes in panels:
-        _plain(axes)
+    for axes in panels[:count]:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[max(0, count - columns) : count]:
         axes.tick_params(labelbottom=True)  # also above a panel that is not there
     figure.supxlabel(xlabel, fontsize=9)
@@ -135,13 +127,8 @@ def _panels(count: int, xlabel: str, ylabel: str) -> tuple[Any, list[Any]]:
     return figure, panels[:count]
 
 
-def _plain(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _save(figure: Any, path: Path) -> None:
+    """Write a figure that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, temporary)
     temporary.replace(path)

@@ -18,7 +18,7 @@ from peft_reslora.experiments.data import Row, read_file
 from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, PretrainSettings, TextSource
 from peft_reslora.experiments.tokenizers import train_bpe
-from peft_reslora.shared.folders import replaced_folder
+from peft_reslora.shared.files import replaced_folder
 
 _HELD_OUT = 64  # rows of the first source, for what the base forgets
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
