@@ -30,6 +30,7 @@ class Task:
         evaluate: metrics of a model on a split.
         forgetting: loss on held-out text of another kind, if the task has it.
         tokenizer: saved beside the model, if there is one.
+        hub_id: what saved adapters call the base, where it was loaded from a copy on this machine.
         new_head: whether a head without training stands on the base, which trains with the adapter.
     """
 
@@ -43,6 +44,7 @@ class Task:
     forgetting: Callable[[nn.Module], float] | None = None
     tokenizer: Any = None
     new_head: bool = False
+    hub_id: str | None = None
 
     def fresh_model(self) -> nn.Module:
         return copy.deepcopy(self.base)

@@ -39,7 +39,10 @@ def text_task(settings: TrainSettings) -> Task:
     batches = {name: in_batches(rows, collate) for name, rows in encoded.items()}
     metric, new_head = metric_name(settings, len(names)), settings.base.head == "train"
     evaluate = _evaluation(batches, classes=len(names))
-    return Task(settings.task, metric, base, data, encoded["train"], collate, evaluate, None, tokenizer, new_head)
+    hub_id = HUB_ID if settings.base.name == "minilm" else None
+    return Task(
+        settings.task, metric, base, data, encoded["train"], collate, evaluate, None, tokenizer, new_head, hub_id
+    )
 
 
 def _evaluation(batches: Mapping[str, Sequence[Batch]], classes: int) -> Callable[[nn.Module, str], dict[str, float]]:
@@ -91,8 +94,6 @@ def load_text_base(
     if tokenizer.pad_token is None:  # of many language models
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    if settings.name == "minilm":
-        model.name_or_path = HUB_ID  # and not where the package lies on this machine
     return model, tokenizer
 
 

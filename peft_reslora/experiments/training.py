@@ -105,6 +105,8 @@ def fit(
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         task_loss.remove()
+    if task.hub_id is not None:  # only now: PEFT would ask the Hub at each checkpoint
+        model.peft_config["default"].base_model_name_or_path = task.hub_id
     losses = [(entry["step"], entry["task_loss"]) for entry in trainer.state.log_history if "task_loss" in entry]
     return Trained(model, losses, float(result.metrics["train_runtime"]), trainer.state.global_step)
 
