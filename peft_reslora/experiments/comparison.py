@@ -199,7 +199,7 @@ def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any],
     """
     base = dataclasses.replace(settings.base, pretrain=None)
     data = dataclasses.replace(settings.data, folder=None, hub=None, files={})
-    pretrained = task.base.name_or_path if settings.base.pretrain else None
+    pretrained = Path(str(task.base.name_or_path)).name if settings.base.pretrain else None  # named by its content
     method = [name, dict(tuner), settings.methods[name].loraplus_lr_ratio]
     sizes = [settings.calibration_rows, settings.cost_pairs]
     checksums = sorted(task.data.checksums.values())

@@ -79,9 +79,7 @@ def pretrained(settings: BaseSettings) -> tuple[nn.Module, PreTrainedTokenizerBa
         with replaced_folder(folder, _FILES) as new:
             model.save_pretrained(str(new))
             tokenizer.save_pretrained(str(new))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.name_or_path = f"pretrained-{key}"
-    return model, AutoTokenizer.from_pretrained(folder), held_out
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), held_out
 
 
 def _train(
