@@ -107,7 +107,7 @@ def settings(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def test_a_run_measures_exact_match_and_what_the_base_forgot(settings: dict[str, Any]) -> None:
-    metrics = train(settings, "training.max_steps=2")
+    metrics = train(settings, "training.max_steps=2", "export=false")
     assert set(metrics["before_merge"]) == {"validation", "test"}
     assert 0 <= metrics["before_merge"]["test"]["exact_match"] <= 100
     assert metrics["forgetting"] > 0
