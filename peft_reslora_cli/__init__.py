@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 
-from peft_reslora_cli import export, import_, inspect, quickstart
+from peft_reslora_cli import compare, configs, export, import_, inspect, quickstart, train
 
-COMMANDS = (quickstart, export, import_, inspect)  # in the order of `--help`; each has `add_parser` and `run`
+# In the order of `--help`; each has `add_parser` and `run`.
+COMMANDS = (quickstart, export, import_, inspect, train, compare, configs)
 _LONGEST_LINE = 1200  # characters; other libraries list all of their classes
 
 

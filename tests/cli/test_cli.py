@@ -80,7 +80,7 @@ def test_choices_are_those_of_the_library() -> None:
     ("argv", "said"),
     [
         ([], "COMMAND"),
-        (["train"], "invalid choice: 'train'"),
+        (["tune"], "invalid choice: 'tune'"),
         (["quickstart", "--shortcut", "residual"], "invalid choice: 'residual'"),
         (["quickstart", "--steps", "0"], "'0' is not a positive integer"),
         (["export", "adapter"], "OUT_DIR"),

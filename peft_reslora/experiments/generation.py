@@ -1,0 +1,181 @@
+"""Generation: prompts are completed; the number that a completion means counts, or its characters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from peft_reslora.experiments.arithmetic import plain_numbers, same_number, value_of
+from peft_reslora.experiments.data import Data, Row, Split, load_data
+from peft_reslora.experiments.pretraining import pretrained
+from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
+from peft_reslora.experiments.task import Batch, Example, Task
+
+_IGNORED = -100  # what transformers leaves out of the loss
+_BATCH = 50
+
+
+def generation_task(settings: TrainSettings) -> Task:
+    """Read the data, load or pretrain the base, and encode the training rows; the loss counts completions only.
+
+    Raises:
+        ValueError: for bad data, with file, row and column.
+    """
+    columns = [*settings.data.text, settings.data.label, settings.data.answer or settings.data.label]
+    data = load_data(settings.data, columns)
+    metric, score = _metric(settings.data, data)
+    base, tokenizer, held_out = load_generation_base(settings.base)
+    train = encode_pairs(data.splits["train"], tokenizer, settings.data)
+
+    def evaluate(model: nn.Module, split: str) -> dict[str, float]:
+        prompts = [prompt_of(settings.data, row) for row in data.splits[split].rows]
+        texts = complete(model, tokenizer, prompts, settings.data.new_tokens)
+        return {metric: score(texts, split)}
+
+    def forgetting(model: nn.Module) -> float:
+        return text_loss(model, tokenizer, held_out, settings.data.max_length)
+
+    collate = completion_collator(int(tokenizer.pad_token_id))
+    return Task(
+        settings.task, metric, base, data, train, collate, evaluate, forgetting if held_out else None, tokenizer
+    )
+
+
+def _metric(settings: DataSettings, data: Data) -> tuple[str, Callable[[Sequence[str], str], float]]:
+    """How completions of a split are scored: by the number they mean, or by their characters."""
+    if settings.match == "characters":
+        texts = {name: [str(row[settings.label]) for row in split.rows] for name, split in data.splits.items()}
+        return "characters", lambda found, name: mean_of(map(same_characters, found, texts[name]))
+    wanted = {name: answers(split, settings.answer or settings.label) for name, split in data.splits.items()}
+    return "exact_match", lambda found, name: mean_of(map(same_number, found, wanted[name]))
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean in percent."""
+    listed = list(values)
+    return 100 * sum(listed) / len(listed)
+
+
+def same_characters(text: str, wanted: str) -> float:
+    """Share of the wanted characters that stand at their place."""
+    return sum(a == b for a, b in zip(text, wanted, strict=False)) / len(wanted)
+
+
+def answers(split: Split, column: str) -> list[float]:
+    """The wanted numbers.
+
+    Raises:
+        ValueError: naming file, row and column of a cell without a number.
+    """
+    found = []
+    for index, row in enumerate(split.rows):
+        if (value := value_of(str(row[column]))) is None:
+            raise ValueError(f"{split.place(index, column)}: {str(row[column])[:40]!r} holds no number.")
+        found.append(value)
+    return found
+
+
+def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
+    """A base pretrained here, or one with a name; of that nothing is known that it could forget."""
+    if settings.pretrain is not None:
+        return pretrained(settings)
+    if settings.name is None:
+        raise ValueError("base: a language model built in code needs pretrain, what it learns first.")
+    tokenizer = AutoTokenizer.from_pretrained(settings.name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype), tokenizer, []
+
+
+def prompt_of(settings: DataSettings, row: Row) -> str:
+    """The text columns as sentences, and a line end."""
+    return plain_numbers(". ".join(str(row[column]).strip().rstrip(".") for column in settings.text)) + "\n"
+
+
+def encode_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Example]:
+    """Ids of prompt and completion with their labels.
+
+    Raises:
+        ValueError: for the first row longer than `max_length`: cutting it would cut off what is to be learned.
+    """
+    rows = []
+    for index, row in enumerate(split.rows):
+        prompt = _ids(tokenizer, prompt_of(settings, row), start=True)
+        completion = [*_ids(tokenizer, plain_numbers(str(row[settings.label]))), tokenizer.eos_token_id]
+        if len(prompt) + len(completion) > settings.max_length:
+            raise ValueError(
+                f"{split.place(index, settings.label)}: {len(prompt) + len(completion)} tokens with the prompt, more "
+                f"than data.max_length={settings.max_length}; raise it."
+            )
+        rows.append({"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion})
+    return rows
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, start: bool = False) -> list[int]:
+    begin = [tokenizer.bos_token_id] if start and tokenizer.bos_token_id is not None else []
+    return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def completion_collator(pad: int) -> Any:
+    """Pads on the right; padding is no part of the loss."""
+
+    def collate(rows: list[Example]) -> Batch:
+        longest = max(len(row["input_ids"]) for row in rows)
+        missing = [longest - len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [pad] * m for row, m in zip(rows, missing, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (longest - m) + [0] * m for m in missing]),
+            "labels": torch.tensor([row["labels"] + [_IGNORED] * m for row, m in zip(rows, missing, strict=True)]),
+        }
+
+    return collate
+
+
+def complete(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+) -> list[str]:
+    """Greedy completions, in batches of prompts of about the same length; in the order of the prompts."""
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        found = _complete(model, tokenizer, [prompts[i] for i in chosen], new_tokens)
+        for index, text in zip(chosen, found, strict=True):
+            texts[index] = text
+    model.train(was_training)
+    return texts
+
+
+def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int) -> list[str]:
+    encoded = [_ids(tokenizer, prompt, start=True) for prompt in prompts]
+    longest = max(map(len, encoded))
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
+    with torch.no_grad():
+        found: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+        )
+    return list(tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True))
+
+
+def text_loss(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> float:
+    """Mean cross-entropy of the next token over texts cut at `length`."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"][:length]], device=device)
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    model.train(was_training)
+    return total / tokens

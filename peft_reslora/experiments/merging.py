@@ -1,0 +1,45 @@
+"""Metrics of a trained adapter before and after its merge."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+
+from peft_reslora.experiments.task import Task
+from peft_reslora.reslora import calibrate_merge
+
+Metrics = dict[str, float]
+
+
+def estimates_shortcuts(model: PeftModel) -> bool:
+    """Whether the merge is an estimate: ResLoRA's input and middle."""
+    return getattr(model.peft_config["default"], "shortcut", "block") in ("input", "middle")
+
+
+def merged_metrics(
+    task: Task, model: PeftModel, splits: Sequence[str], calibration_rows: int = 0
+) -> dict[str, dict[str, Metrics]]:
+    """Metrics after the merge, by split and estimator; `exact` where the merge needs none.
+
+    With `calibration_rows`, adapters whose merge is an estimate are calibrated, and stay so.
+    """
+    found: dict[str, dict[str, Metrics]] = {split: {} for split in splits}
+
+    def merge_as(estimator: str) -> None:
+        merged = copy.deepcopy(model).merge_and_unload()
+        for split in splits:
+            found[split][estimator] = task.evaluate(merged, split)
+
+    if not estimates_shortcuts(model):
+        merge_as("exact")
+        return found
+    config: Any = model.peft_config["default"]
+    if config.merge_estimator != "least_squares":
+        merge_as(config.merge_estimator)
+    if calibration_rows or config.merge_estimator == "least_squares":
+        calibrate_merge(model, task.batches(calibration_rows or 256))
+        merge_as("least_squares")
+    return found

@@ -1,0 +1,196 @@
+"""Table, CSV and REPORT.md of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_reslora.experiments.compare_settings import CompareSettings
+from peft_reslora.experiments.figures import plot_losses, plot_pareto, plot_rates
+from peft_reslora.experiments.run import write_whole
+from peft_reslora.experiments.statistics import FEWEST_SEEDS, window_of
+from peft_reslora.experiments.summary import MethodSummary
+from peft_reslora.experiments.task import Task
+from peft_reslora.shared.text import prose
+
+_MISSING = "-"
+
+HEADER = (
+    "method",
+    "parameters",
+    "rate",
+    "seeds",
+    "test",
+    "difference",
+    "95 % interval",
+    "verdict",
+    "merged",
+    "loss 25 %",
+    "50 %",
+    "75 %",
+    "100 %",
+    "steps to reference's loss",
+    "step time",
+    "memory",
+    "native KB",
+    "exported KB",
+    "forgetting",
+)
+
+
+def table_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, ...]]:
+    """The cells of every method, without the header."""
+    return [_row(summary) for summary in summaries]
+
+
+def _row(s: MethodSummary) -> tuple[str, ...]:
+    unequal = "" if s.budget.equal else f" ({100 * (s.budget.ratio - 1):+.0f} %)"
+    test = _MISSING if s.test_mean is None else f"{s.test_mean:.2f}"
+    if s.test_deviation is not None:
+        test += f" ± {s.test_deviation:.2f}"
+    d = s.difference
+    quarters = [f"{loss:.3f}" for loss in s.quarters] or [_MISSING] * 4
+    return (
+        s.name,
+        f"{s.budget.parameters:,}{unequal}",
+        _MISSING if s.rate is None else f"{s.rate:.1e}",
+        str(len(s.tests)),
+        test,
+        _MISSING if d is None else f"{d.mean:+.2f}",
+        _MISSING if d is None else f"{d.low:+.2f} to {d.high:+.2f}",
+        "reference" if s.is_reference else _MISSING if d is None else d.verdict,
+        ", ".join(f"{value:.2f} ({name})" for name, value in s.merged.items()) or _MISSING,
+        *quarters,
+        _shown(s.steps_to_reference) if s.tests else _MISSING,
+        _ratio(s.cost.get("step_ratio"), s.cost.get("step_ratio_quartiles")),
+        _ratio(s.cost.get("memory_ratio")),
+        _kilobytes(s.native_bytes),
+        _kilobytes(s.exported_bytes),
+        _MISSING if s.forgetting is None else f"{s.forgetting:.3f}",
+    )
+
+
+def _shown(steps: int | None) -> str:
+    return "not reached" if steps is None else str(steps)
+
+
+def _ratio(value: float | None, quartiles: Sequence[float] | None = None) -> str:
+    if value is None:
+        return _MISSING
+    return f"{value:.2f}" + (f" ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles else "")
+
+
+def _kilobytes(size: int | None) -> str:
+    return _MISSING if size is None else f"{size / 1024:.0f}"
+
+
+def write_report(folder: Path, settings: CompareSettings, task: Task, summaries: Sequence[MethodSummary]) -> None:
+    """Write `table.csv`, `REPORT.md` and the three figures."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *table_rows(summaries)])
+    write_whole(folder / "table.csv", text.getvalue())
+    plot_losses(summaries, settings.reference, folder / "losses.png", settings.title)
+    plot_rates(summaries, settings.reference, folder / "rates.png", settings.title, task.metric)
+    plot_pareto(summaries, folder / "pareto.png", settings.title, task.metric)
+    write_whole(folder / "REPORT.md", report_text(settings, task, summaries))
+
+
+def report_text(settings: CompareSettings, task: Task, summaries: Sequence[MethodSummary]) -> str:
+    """REPORT.md: first what can be said, then the table, the protocol and the figures."""
+    lines = [f"# {prose(settings.title)}", "", *findings(summaries, settings.reference), "", *_tables(summaries), ""]
+    return "\n".join([*lines, *_notes(settings, task, summaries), "", *_figures(), ""])
+
+
+def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
+    """A sentence for each verdict, and what has not run."""
+    lines = []
+    for verdict in ("better", "worse", "no difference seen"):
+        names = [s.name for s in summaries if s.difference is not None and s.difference.verdict == verdict]
+        said = f"{verdict} than {reference}" if verdict != "no difference seen" else f"{verdict} from {reference}"
+        if names:
+            lines.append(f"- {prose(said[0].upper() + said[1:])}: {prose(', '.join(names))}.")
+        elif verdict == "better" and any(s.difference for s in summaries):
+            lines.append(f"- No method was better than {prose(reference)}.")
+    missing = [s.name for s in summaries if not s.tests]
+    if missing:
+        lines.append(f"- Not finished: {prose(', '.join(missing))}.")
+    few = [s.name for s in summaries if s.difference is not None and s.difference.verdict == "too few seeds"]
+    if few:
+        lines.append(f"- Fewer than {FEWEST_SEEDS} seeds, from which nothing follows: {prose(', '.join(few))}.")
+    return lines
+
+
+def _tables(summaries: Sequence[MethodSummary]) -> list[str]:
+    """Two tables of the same methods, since one would be too wide to read: results, then training and cost."""
+    rows = [HEADER, *table_rows(summaries)]
+    results, costs = [0, 2, 3, 4, 5, 6, 7, 8], [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+    if all(row[18] == _MISSING for row in rows[1:]):
+        costs.remove(18)
+    return [*_markdown(rows, results), "", *_markdown(rows, costs)]
+
+
+def _markdown(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
+    lines = ["| " + " | ".join(prose(row[column]) for column in columns) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(columns), *lines[1:]]
+
+
+def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSummary]) -> list[str]:
+    steps = next((s.steps for s in summaries if s.steps), None)
+    sizes = ", ".join(f"{size:,} {name}" for name, size in task.data.sizes().items())
+    pairs = next((s.cost["pairs"] for s in summaries if s.cost), 0)
+    lines = [
+        f"- Task: {prose(settings.task)}; metric: {prose(task.metric)} in %; rows: {sizes}. {steps or 'Unknown'} "
+        f"steps of {settings.training.get('per_device_train_batch_size', 16)} rows, the same in the same order for "
+        "all methods at one seed.",
+        f"- Learning rates: half a decade apart, then a quarter around the best, chosen on the validation split with "
+        f"seed {settings.search_seed}, which is not among those reported: {', '.join(map(str, settings.seeds))}.",
+        "- test: mean and standard deviation over the seeds, before the merge. difference: to the reference, paired "
+        "by seed; the interval is an expanded percentile bootstrap of the mean over seeds, so that it holds for other "
+        "seeds on these data, not for other data. Of twenty methods as good as the reference, one is expected to "
+        "be called better or worse.",
+        f"- Losses are means of the last {window_of(steps or 1)} steps. Steps to the reference's loss: median over "
+        "the seeds of the first step at which that mean is as low as the reference's at its end; the reference's own "
+        "number says what noise does to it.",
+        f"- Step time and memory: ratios to the reference; {pairs} pairs of steps in turns, medians with quartiles. "
+        "Memory: peak of what a step has alive beside weights and optimizer.",
+    ]
+    unequal = [s.name for s in summaries if not s.budget.equal]
+    if unequal:
+        lines.append(f"- Not within 2 % of the reference's parameters: {prose(', '.join(unequal))}.")
+    if any(s.budget.tuner["peft_type"] == "ADALORA" for s in summaries):
+        lines.append("- AdaLoRA's parameters are those left after pruning; it starts with half as many again.")
+    limited = [s.name for s in summaries if s.at_limit]
+    if limited:
+        lines.append(f"- The best rate is the last there is: {prose(', '.join(limited))}.")
+    return lines
+
+
+def _figures() -> list[str]:
+    return [
+        "![training loss by step, one curve a method](losses.png)",
+        "",
+        "![validation metric by learning rate](rates.png)",
+        "",
+        "![test metric against step time and memory](pareto.png)",
+    ]
+
+
+_TERMINAL = ("method", "rate", "test", "difference", "95 % interval", "verdict", "100 %", "step time")
+
+
+def terminal_table(summaries: Sequence[MethodSummary], title: str) -> Any:
+    """What a terminal shows: a table of rich, with the columns that fit; all of them are in the files."""
+    from rich.table import Table
+
+    table = Table(title=title, box=None, pad_edge=False)
+    for name in _TERMINAL:
+        words = name in ("method", "verdict")
+        table.add_column(name.replace("100 %", "loss"), justify="left" if words else "right", no_wrap=name == "method")
+    for row in table_rows(summaries):
+        cells = dict(zip(HEADER, row, strict=True))
+        cells["step time"] = cells["step time"].partition(" (")[0]
+        table.add_row(*(cells[name] for name in _TERMINAL))
+    return table

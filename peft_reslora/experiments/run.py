@@ -1,0 +1,186 @@
+"""`train`: one run from a YAML file to a folder with adapter, export, metrics and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from peft_reslora.experiments.card import run_card
+from peft_reslora.experiments.config_file import from_mapping, read_config
+from peft_reslora.experiments.merging import merged_metrics
+from peft_reslora.experiments.provenance import fingerprint, provenance
+from peft_reslora.experiments.settings import TrainSettings, train_settings
+from peft_reslora.experiments.task import Task
+from peft_reslora.experiments.tasks import make_task
+from peft_reslora.experiments.training import (
+    Method,
+    Trained,
+    fit,
+    last_complete_checkpoint,
+    planned_steps,
+    training_arguments,
+)
+from peft_reslora.experiments.tuners import trained_parameters
+from peft_reslora.export import save_as_lora
+
+ADAPTER, LORA, MERGED, BASE = "adapter", "lora", "merged", "base"
+METRICS, CONFIG, RUN = "metrics.json", "config.yaml", "run.json"
+_CHECKPOINTS = "checkpoints"
+_SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
+
+
+def train(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:
+    """Train one adapter and write everything about it to the config's `output_dir`; returns the metrics.
+
+    A run that was killed goes on from its last checkpoint when it is called again with the same settings, and gives
+    the same numbers.
+
+    Args:
+        config: path of a YAML file, or the same as a mapping.
+        overrides: `section.key=value`.
+
+    Raises:
+        ValueError: for settings or data that cannot be right, before training; for an `output_dir` that holds another
+            run or a finished one.
+    """
+    read = from_mapping(config, overrides) if isinstance(config, Mapping) else read_config(config, overrides)
+    return train_with(train_settings(read))
+
+
+def train_with(settings: TrainSettings) -> dict[str, Any]:
+    """`train` with settings that are checked.
+
+    Raises:
+        ValueError: under a launcher with several processes, which would write one folder at the same time.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "peft-reslora train runs in one process so far; start it without accelerate launch or torchrun."
+        )
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    folder = Path(settings.output_dir)
+    _check_folder(folder, settings)
+    task = make_task(settings)
+    arguments = training_arguments(
+        {**_SAVING, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
+    )
+    _start(folder, settings, task)
+    method = Method(settings.tuner, settings.loraplus_lr_ratio)
+    steps = planned_steps(settings.training, len(task.train))
+    trained = fit(task, method, arguments, steps, resume=last_complete_checkpoint(folder / _CHECKPOINTS))
+    return _finish(folder, settings, task, trained)
+
+
+def resolved(settings: TrainSettings) -> dict[str, Any]:
+    """All settings with their defaults, as YAML and JSON hold them."""
+    return dataclasses.asdict(settings)
+
+
+def _identity(settings: TrainSettings) -> str:
+    return fingerprint({k: v for k, v in resolved(settings).items() if k not in ("output_dir", "report_to")})
+
+
+def _check_folder(folder: Path, settings: TrainSettings) -> None:
+    """Refuse to mix two runs in one folder."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN).is_file():
+        raise ValueError(f"{folder} holds other files; give a new or an empty folder as output_dir.")
+    started = json.loads((folder / RUN).read_text(encoding="utf-8"))["identity"]
+    if started != _identity(settings):
+        raise ValueError(f"{folder} holds a run with other settings ({CONFIG} there); give another output_dir.")
+    if (folder / METRICS).exists():
+        raise ValueError(f"{folder} holds this run, finished ({METRICS}); give another output_dir or delete it.")
+
+
+def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True)
+    write_whole(folder / CONFIG, text)
+    write_json(folder / RUN, {"identity": _identity(settings), **provenance(task.data.checksums)})
+
+
+def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:
+    splits = [name for name in task.data.splits if name != "train"]
+    metrics = measure(task, trained, settings.calibration_rows, splits)
+    if settings.base.head == "fit":
+        task.fresh_model().save_pretrained(str(folder / BASE))  # type: ignore[operator]
+    save_adapter(trained, folder / ADAPTER)
+    if task.tokenizer is not None:
+        task.tokenizer.save_pretrained(folder / ADAPTER)
+    metrics["export"] = _export(folder, trained) if settings.export else None
+    if settings.merge:
+        trained.model.merge_and_unload().save_pretrained(str(folder / MERGED))
+    metrics["bytes"] = {name: file_size(folder / name) for name in (ADAPTER, LORA) if (folder / name).exists()}
+    write_whole(folder / "README.md", run_card(resolved(settings), metrics, task))
+    write_json(folder / METRICS, metrics)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    return metrics
+
+
+def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequence[str]) -> dict[str, Any]:
+    """Everything that is measured on a trained model, JSON values only; after the merge on the splits `merged`."""
+    splits = [name for name in task.data.splits if name != "train"]
+    return {
+        "metric": task.metric,
+        "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
+        "after_merge": merged_metrics(task, trained.model, merged, calibration_rows),
+        "forgetting": task.forgetting(trained.model) if task.forgetting else None,
+        "losses": [round(loss, 6) for _, loss in trained.losses],
+        "steps": trained.steps,
+        "trained_parameters": trained_parameters(trained.model),
+        "train_seconds": round(trained.seconds, 2),
+    }
+
+
+def result_lines(settings: TrainSettings, metrics: Mapping[str, Any]) -> list[str]:
+    """What a terminal shows at the end."""
+    lines = [f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s, final loss {metrics['losses'][-1]:.4f}"]
+    for split, found in metrics["before_merge"].items():
+        values = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        merged = "; ".join(
+            f"{estimator} {kinds[metrics['metric']]:.2f}" for estimator, kinds in metrics["after_merge"][split].items()
+        )
+        lines.append(f"{split}: {values}; {metrics['metric']} after the merge: {merged}")
+    if metrics["export"] and "refused" in metrics["export"]:
+        lines.append(f"no LoRA export: {metrics['export']['refused']}")
+    return [*lines, f"everything is in {settings.output_dir}"]
+
+
+def _export(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Write the LoRA export; where there is none without a rank (MoRA rotation), say so."""
+    try:
+        export = save_as_lora(folder / LORA, trained.model)
+    except (ValueError, NotImplementedError) as error:
+        return {"refused": " ".join(str(error).split())}
+    return {"exact": export.report.exact, "worst_relative_error": export.report.worst_error}
+
+
+def save_adapter(trained: Trained, folder: Path) -> None:
+    """As PEFT saves it, without its question to the Hub whether the vocabulary was changed: it was not."""
+    trained.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def file_size(folder: Path) -> int:
+    """Bytes of the tensors in a saved adapter."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,225 @@
+"""What a YAML file of a training run may say, section by section."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft_reslora.experiments.config_file import ConfigFile, build, check_type, refuse_unknown_keys
+
+TaskName = Literal["classification", "regression", "generation"]
+Head = Literal["fit", "train"]
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the Hugging Face Hub, and how its splits and columns are called there."""
+
+    name: str
+    config: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the rows come from: the Hub, or `files` (csv, tsv, jsonl, parquet) in `folder`, which goes first.
+
+    Or `uuid_pairs` random ones, which are learned by heart: all splits are the same.
+    """
+
+    hub: HubData | None = None
+    folder: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    text: list[str] = field(default_factory=lambda: ["text"])
+    label: str = "label"
+    answer: str | None = None
+    new_tokens: int = 24
+    match: Literal["number", "characters"] = "number"
+    uuid_pairs: int | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
+    max_length: int = 64
+    too_long: Literal["truncate", "refuse"] = "truncate"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Rows to pretrain on: of the Hub, or a `file` in the folder; `text` is a template with the names of columns."""
+
+    text: str
+    hub: HubData | None = None
+    file: str | None = None
+    masked_numbers: bool = False
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What a language model that is built in code learns before it is frozen."""
+
+    sources: list[TextSource]
+    folder: str | None = None
+    steps: int = 800
+    rate: float = 2e-3
+    batch: int = 16
+    length: int = 128
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config."""
+
+    name: str | None = None
+    config: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    head: Head = "train"
+    head_rows: int = 1000
+    vocabulary: int = 2000
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    pretrain: PretrainSettings | None = None
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A training run: the base, its data, the tuner, how it is trained, and what is written."""
+
+    task: TaskName
+    base: BaseSettings
+    data: DataSettings
+    tuner: dict[str, Any]
+    training: dict[str, Any]
+    output_dir: str = "run"
+    seed: int = 0
+    loraplus_lr_ratio: float | None = None
+    calibration_rows: int = 0
+    merge: bool = False
+    export: bool = True
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    threads: int | None = None
+
+
+_OWN_BASE_KEYS = [f.name for f in dataclasses.fields(BaseSettings) if f.name != "fields"]
+# Arguments of the Trainer that the settings have elsewhere, or that the run decides.
+_SET_ELSEWHERE = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "report_to": "report_to",
+    "label_names": None,
+    "remove_unused_columns": None,
+    "resume_from_checkpoint": None,
+}
+
+
+def train_settings(config: ConfigFile) -> TrainSettings:
+    """Check a whole file; nothing is loaded but the classes whose fields it names.
+
+    Raises:
+        ValueError: for the first key or value that is not accepted, with its place.
+    """
+    values = dict(config.values)
+    if "base" in values:
+        values["base"] = base_values(config, values["base"])
+    settings = build(TrainSettings, ConfigFile(values, config.places))
+    check_tuner(config, ("tuner",), settings.tuner)
+    check_training(config, settings.training)
+    check_sizes(config, settings.data)
+    return settings
+
+
+def base_values(config: ConfigFile, given: Any) -> dict[str, Any]:
+    """`base: minilm` and `base: {config: llama, hidden_size: 64}`, written out with their own keys and `fields`."""
+    if isinstance(given, str):
+        return {"name": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{config.place(('base',))}: base must be a name or a mapping.")
+    if ("name" in given) == ("config" in given):
+        raise ValueError(
+            f"{config.place(('base',))}: base needs either name (minilm, a Hub name, a folder) or config."
+        )
+    if "config" not in given:
+        return dict(given)
+    known = _config_fields(config, str(given["config"]))
+    refuse_unknown_keys(config, ("base",), given, [*_OWN_BASE_KEYS, *known])
+    own = {name: value for name, value in given.items() if name in _OWN_BASE_KEYS}
+    return {**own, "fields": {name: value for name, value in given.items() if name not in own}}
+
+
+def _config_fields(config: ConfigFile, model_type: str) -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        import difflib
+
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{config.place(('base', 'config'))}: {model_type!r} is no model type of transformers.{hint}")
+    return [f.name for f in dataclasses.fields(CONFIG_MAPPING[model_type])]
+
+
+def check_tuner(config: ConfigFile, key: tuple[str, ...], tuner: Mapping[str, Any]) -> None:
+    """Refuse fields that the config class of this `peft_type` does not have, and values of another type.
+
+    Raises:
+        ValueError: with the place, the nearest known field, and what is accepted.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import peft_reslora  # noqa: F401  registers both tuners
+
+    by_name = {member.value: kind for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    peft_type = tuner.get("peft_type")
+    if peft_type not in by_name:
+        raise ValueError(
+            f"{config.place((*key, 'peft_type'))}: {'.'.join(key)}.peft_type={peft_type!r} must be one of "
+            f"{', '.join(sorted(by_name))}."
+        )
+    kind = by_name[peft_type]
+    refuse_unknown_keys(config, key, tuner, [f.name for f in dataclasses.fields(kind)])
+    hints = _hints(kind)
+    for name, value in tuner.items():
+        if name not in ("peft_type", "task_type"):
+            check_type(config, (*key, name), hints.get(name, Any), value)
+
+
+def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
+    """Refuse what TrainingArguments does not have, or what stands elsewhere in the file."""
+    from transformers import TrainingArguments
+
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for name in training:
+        if name in _SET_ELSEWHERE:
+            instead = _SET_ELSEWHERE[name]
+            hint = f"write {instead} at the top level" if instead else "the run sets it"
+            raise ValueError(f"{config.place(('training', name))}: training.{name} is not set here, {hint}.")
+    refuse_unknown_keys(config, ("training",), training, [name for name in known if name not in _SET_ELSEWHERE])
+    hints = _hints(TrainingArguments)
+    for name, value in training.items():
+        check_type(config, ("training", name), hints.get(name, Any), value)
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Annotations of a dataclass of others; those that only exist for type checkers are left out."""
+    try:
+        return typing.get_type_hints(kind)
+    except (NameError, TypeError):
+        return {}
+
+
+_SIZES = ("train_rows", "validation_rows", "test_rows", "max_length", "new_tokens", "uuid_pairs")
+
+
+def check_sizes(config: ConfigFile, data: DataSettings) -> None:
+    """Refuse sizes that are not positive, and data without a source."""
+    sizes = {name: getattr(data, name) for name in _SIZES}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{config.place(('data', name))}: data.{name}={value} must be a positive integer.")
+    if data.hub is None and not data.files and data.uuid_pairs is None:
+        raise ValueError(f"{config.place(('data',))}: data needs hub, files or uuid_pairs.")

@@ -1,0 +1,21 @@
+"""The kinds of task by name."""
+
+from __future__ import annotations
+
+from peft_reslora.experiments.settings import TrainSettings
+from peft_reslora.experiments.task import Task
+
+
+def make_task(settings: TrainSettings) -> Task:
+    """Read and check the data, then load the base.
+
+    Raises:
+        ValueError: for bad data, with file, row and column.
+    """
+    if settings.task == "generation":
+        from peft_reslora.experiments.generation import generation_task
+
+        return generation_task(settings)
+    from peft_reslora.experiments.text_tasks import text_task
+
+    return text_task(settings)

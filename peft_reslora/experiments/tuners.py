@@ -1,0 +1,54 @@
+"""PEFT configs from the `tuner` section, and what a tuner needs of the training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers import TrainerCallback
+
+import peft_reslora  # noqa: F401  registers both tuners
+
+RANK_FIELDS = {"ADALORA": "target_r"}
+"""The field that sets the number of parameters, where it is not `r`."""
+
+
+def make_config(tuner: Mapping[str, Any], steps: int | None = None) -> PeftConfig:
+    """The PEFT config of a checked `tuner` section; AdaLoRA's `total_step` is the run's, if it has none."""
+    fields = {name: value for name, value in tuner.items() if name != "peft_type"}
+    if tuner["peft_type"] == "ADALORA" and "total_step" not in fields:
+        fields["total_step"] = steps
+    if tuner["peft_type"] == "ADALORA" and "init_r" not in fields and "target_r" in fields:
+        fields["init_r"] = math.ceil(1.5 * fields["target_r"])  # as in its paper
+    kinds = {member.value: kind for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config: PeftConfig = kinds[tuner["peft_type"]](**fields)
+    return config
+
+
+def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Inject the adapter; whatever else trains (a new head) is in the config's `modules_to_save`."""
+    return get_peft_model(model, config)
+
+
+def trained_parameters(model: nn.Module, saved_whole: bool = False) -> int:
+    """How many parameters the adapter trains; with `saved_whole` those of `modules_to_save` too."""
+    return sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.requires_grad and (saved_whole or "modules_to_save" not in n)
+    )
+
+
+class AdaLoraSchedule(TrainerCallback):
+    """Lets AdaLoRA move its budget after every step, which the Trainer does not."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def callbacks_for(tuner: Mapping[str, Any]) -> list[TrainerCallback]:
+    return [AdaLoraSchedule()] if tuner["peft_type"] == "ADALORA" else []
