@@ -87,12 +87,13 @@ def test_the_error_of_a_layer_is_that_of_its_update():
 def test_an_adapter_is_saved_after_a_report_as_before(shortcut, pre_num, tmp_path):
     base, model = base_and_adapted("llama", shortcut, pre_num)
     record_norms(model, TINY_MODELS["llama"].batches(3))
-    expected = output_of(model, TINY_MODELS["llama"].inputs())
+    inputs = TINY_MODELS["llama"].inputs()
+    expected = output_of(model, inputs)
     merge_report(model, labelled())
     assert model.peft_config["default"].estimate is None
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert relative_error(output_of(loaded, TINY_MODELS["llama"].inputs()), expected) < rounding(base)
+    assert relative_error(output_of(loaded, inputs), expected) < MODEL64
 
 
 def test_the_model_is_left_as_it_came():
