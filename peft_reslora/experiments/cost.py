@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_reslora.experiments.task import Batch, Task
 from peft_reslora.experiments.tuners import adapt, make_config
+from peft_reslora.shared.host import TorchDispatchMode, storage_key, tree_leaves
 
 _WARMUP = 2
 
@@ -32,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.live[storage_key(storage)] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return result

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_reslora.experiments.settings import DataSettings
+from peft_reslora.shared.host import fingerprint_of
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
@@ -145,7 +146,7 @@ def _read_hub(settings: DataSettings) -> tuple[dict[str, Split], dict[str, str]]
         if split is not None:
             rows = load_dataset(hub.name, hub.config, split=split)
             source = f"{hub.name}{'/' + hub.config if hub.config else ''}:{split}"
-            checksums[source] = rows._fingerprint
+            checksums[source] = fingerprint_of(rows)
             splits[name] = number_rows(source, list(rows.rename_columns(hub.rename) if hub.rename else rows))
     return splits, checksums
 

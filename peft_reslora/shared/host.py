@@ -26,9 +26,12 @@ from torch.autograd import forward_ad
 
 # torch 2.6 to 2.13; the convolutions have no other class in common.
 from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["BufferDict", "Convolution"]
+# torch 2.6 to 2.13; torch's own documentation names the mode, and no public module holds it.
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "tree_leaves"]
 
 
 def in_out_features(layer: nn.Module) -> tuple[int | None, int | None]:
@@ -167,6 +170,16 @@ def unseen_by_modes() -> AbstractContextManager[Any]:
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor has been changed in place; 0 where nobody counts. torch 2.6 to 2.13."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tells the memory of tensors apart, also where it is empty or on the meta device. torch 2.6 to 2.13."""
+    return storage._cdata
+
+
+def fingerprint_of(dataset: Any) -> str:
+    """By which `datasets` (4 and 5) knows the content of a data set."""
+    return dataset._fingerprint
 
 
 def backward_task() -> int:

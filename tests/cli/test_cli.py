@@ -49,7 +49,7 @@ def save_adapter(base: Path, folder: Path, **fields: object) -> Path:
     return folder
 
 
-COMMAND_NAMES = [command.__name__.rpartition(".")[2] for command in peft_reslora_cli.COMMANDS]
+COMMAND_NAMES = [command.__name__.rpartition(".")[2].rstrip("_") for command in peft_reslora_cli.COMMANDS]
 
 
 @pytest.mark.parametrize("level", [[], *([name] for name in COMMAND_NAMES)])

@@ -190,7 +190,7 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
         output_of(model, LLAMA_INPUTS)
     before = base_weights(quantised)
     unmerged = output_of(quantised, LLAMA_INPUTS)
-    layers = dict(plain.named_modules())
+    layers = tuner_layers(plain)
     quantised.merge_adapter()
     for name, layer in tuner_layers(quantised).items():
         merged = dequantised_weight(layer.get_base_layer()).float()
