@@ -6,14 +6,14 @@ the scaling, which is 1 whatever `lora_alpha` is, and `_apply_mora` for the oper
 
     type   input to q numbers                                    q numbers to output
     1      as 'sharing': entry p of the groups is x[p mod in]    repeated, as 'sharing'
-    2      sums over neighbours: the first `in mod q` runs are   each number `ceil(out / q)` times in a row, the last
+    2      sums over neighbors: the first `in mod q` runs are   each number `ceil(out / q)` times in a row, the last
            `ceil(in / q)` long, the others `floor(in / q)`       ones `floor(out / q)` times
     3      as type 2                                             as type 1
     4      as type 1                                             as type 2
     6      as 'rotation'                                         as 'rotation'
 
 Where no run is longer than 1 (q at least as large as the side of the layer), types 2 to 4 are 'sharing' too; elsewhere
-they mix neighbours, and none of our operators does. q is the rounded root of (in + out) r, of type 6 then rounded down
+they mix neighbors, and none of our operators does. q is the rounded root of (in + out) r, of type 6 then rounded down
 to an even number, where ours is rounded to the nearest one.
 """
 
@@ -224,7 +224,7 @@ def _as_sharing(name: str, M: Tensor, shape: tuple[int, int], mora_type: int) ->
         )
         raise ValueError(
             f"mora_type={mora_type} has no equal here: on layer {name!r} it {does}, with a square of {q}, and none of "
-            "our operators mixes neighbours ('sharing', their type 1, mixes every q-th). Merge the adapter with "
+            "our operators mixes neighbors ('sharing', their type 1, mixes every q-th). Merge the adapter with "
             "kongds/MoRA's own merge_and_unload, or train with type 1 or 6."
         )
     if mora_type in _READS_RUNS and in_features < q:  # theirs reads zeros there, ours the inputs from the start again

@@ -22,7 +22,7 @@ AUTO_SHARING_FROM_RANK = 32
 """The rank from which `mora_type="auto"` takes sharing; below it, rotation.
 
 The authors advise rotation at rank 8 and sharing at 128 and 256, and leave open what lies between; this is the
-geometric middle. It agrees with `benchmarks/uuid_pairs.py`: at rank 8 rotation memorises 97.9 % and sharing 73.2 %, at
+geometric middle. It agrees with `benchmarks/uuid_pairs.py`: at rank 8 rotation memorizes 97.9 % and sharing 73.2 %, at
 rank 32 both are level; there sharing's step is the cheaper one, since rotation multiplies each group with M and
 sharing their sum (1.2 against 1.0 of LoRA's step at rank 64 and hidden size 1024).
 """
@@ -102,7 +102,7 @@ class MoRAConfig(SavedWhole, PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of layers to train and save whole, e.g. a freshly initialised classifier."},
+        metadata={"help": "Names of layers to train and save whole, e.g. a freshly initialized classifier."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,

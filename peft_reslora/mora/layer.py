@@ -176,10 +176,10 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         return True
 
     def get_base_weight(self) -> torch.Tensor:
-        """The base weight as plain numbers, dequantised if need be.
+        """The base weight as plain numbers, dequantized if need be.
 
         Raises:
-            TypeError: if PEFT cannot dequantise it.
+            TypeError: if PEFT cannot dequantize it.
             ValueError: if bitsandbytes has repacked it.
         """
         base_layer = self.get_base_layer()
@@ -209,12 +209,12 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
 
 
 class MoRALinear(nn.Module, MoRALayer):
-    """MoRA on a linear layer: `nn.Linear`, transformers' `Conv1D`, or a quantised one that PEFT knows."""
+    """MoRA on a linear layer: `nn.Linear`, transformers' `Conv1D`, or a quantized one that PEFT knows."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: MoRAConfig, **kwargs: Any) -> None:
         super().__init__()
         MoRALayer.__init__(self, base_layer, **kwargs)
-        # While merged: the base weight from before, or where it is quantised a copy of the base layer. In a list, so
+        # While merged: the base weight from before, or where it is quantized a copy of the base layer. In a list, so
         # that it is no part of the state dict.
         self._unmerged: list[nn.Parameter | nn.Module] = []
         self._active_adapter = adapter_name
@@ -300,7 +300,7 @@ class MoRALinear(nn.Module, MoRALayer):
         # The largest entry of a delta weight is one of M, or by rotation made of two.
         bounds = {name: 2 * float(self._exact_matrix(name).abs().max()) for name in adapter_names}
         deltas = {name: partial(self.get_delta_weight, name) for name in adapter_names}
-        # Of a quantised weight, take the narrowest of the dtypes into which it can be dequantised.
+        # Of a quantized weight, take the narrowest of the dtypes into which it can be dequantized.
         dtype = torch.float16 if self.quantization_backend is not None else self.get_base_weight().dtype
         refuse_overflow(self.get_base_weight, dtype, deltas, bounds, self.layer_name, safe_merge)
 

@@ -109,7 +109,7 @@ def fit_linear_head(features: Tensor, targets: Tensor, classes: int, l2: float =
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Tokenise to a fixed length, so that a text's logits do not depend on its neighbours in the batch."""
+    """Tokenise to a fixed length, so that a text's logits do not depend on its neighbors in the batch."""
     encoded = tokenizer(list(texts), truncation=True, padding="max_length", return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 

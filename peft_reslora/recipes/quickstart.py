@@ -85,7 +85,7 @@ def run_quickstart(out: Path, shortcut: Shortcut, steps: int, seed: int, say: Ca
         out: folder to write to: a new or empty one, or an earlier quickstart's, which is replaced.
         shortcut: ResLoRA's shortcut.
         steps: training steps per method.
-        seed: of the adapters' initialisation, the dropout and the order of the data.
+        seed: of the adapters' initialization, the dropout and the order of the data.
         say: gets each paragraph of the report.
 
     Returns:

@@ -38,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True)
 class MissingLink:
-    """Two neighbours in one role that are not linked, and why."""
+    """Two neighbors in one role that are not linked, and why."""
 
     before: str
     after: str

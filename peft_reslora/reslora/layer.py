@@ -35,7 +35,7 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, unseen_by_modes
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
-from peft_reslora.shared.quantized import dequantised_weight, keep_bias, kept_copy, put_back, refuse_repacked
+from peft_reslora.shared.quantized import dequantized_weight, keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.shared.stamps import StampedLayer
 from peft_reslora.shared.tensors import restore, stored
 
@@ -108,7 +108,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     lora_shortcut: BufferDict  # by adapter, where it has one: C_n (r, in_features), the shortcut's term from x_n
     lora_calibrated: BufferDict  # by adapter: the sketch of the factors for which C_n was fitted
     lora_annealed: BufferDict  # by adapter: the share t () of the shortcut whose place C_n has taken in the forward
-    # While merged: the base layer's weight from before; where it is quantised, a copy of the base layer.
+    # While merged: the base layer's weight from before; where it is quantized, a copy of the base layer.
     kept_base: list[nn.Parameter | nn.Module]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -330,7 +330,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if any(self.lora_bias.get(adapter_name) for adapter_name in adapter_names):
             raise ValueError(f"An adapter with lora_bias=True cannot be merged into the ResLoRA layer {name!r}.")
         bounds = {adapter_name: self._largest_update(adapter_name) for adapter_name in adapter_names}
-        # Of a quantised weight, take the narrowest of the dtypes into which it can be dequantised.
+        # Of a quantized weight, take the narrowest of the dtypes into which it can be dequantized.
         dtype = base_layer.weight.dtype if is_plain and adapter_names else torch.float16
         deltas = {n: partial(self.get_delta_weight, n) for n in adapter_names}
         refuse_overflow(self._base_weight, dtype, deltas, bounds, name, safe_merge)
@@ -374,10 +374,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         return next((place[0].names[place[1]] for place in places if place is not None), "without a name")
 
     def _base_weight(self) -> torch.Tensor:
-        """The base layer's weight as it is now, in its own orientation, dequantised or computed."""
+        """The base layer's weight as it is now, in its own orientation, dequantized or computed."""
         base_layer = self.get_base_layer()
         if type(self) is not Linear:
-            return dequantised_weight(base_layer)
+            return dequantized_weight(base_layer)
         if own_parameter(base_layer, "weight") is not None:
             return held_tensor(base_layer, "weight").detach()
         return transpose(computed_weight(base_layer), self.fan_in_fan_out)
@@ -388,13 +388,13 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         return self.frozen_weight()
 
     def frozen_weight(self) -> torch.Tensor:
-        """W_n `(out_features, in_features)` without any adapter, dequantised."""
+        """W_n `(out_features, in_features)` without any adapter, dequantized."""
         refuse_repacked(self.get_base_layer(), self.layer_name)
         if not self.merged_adapters:
             weight = self._base_weight()
         elif self.kept_base:
             kept = self.kept_base[0]
-            weight = dequantised_weight(kept) if isinstance(kept, nn.Module) else kept.detach()
+            weight = dequantized_weight(kept) if isinstance(kept, nn.Module) else kept.detach()
         else:
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is already merged into layer {self.layer_name!r}, whose base "
@@ -458,7 +458,7 @@ def _subclass(name: str) -> type[ResLoRALayer]:
 
 
 def __getattr__(name: str) -> type[ResLoRALayer]:
-    """Makes the subclasses of quantised layers importable, so that models with them can be pickled."""
+    """Makes the subclasses of quantized layers importable, so that models with them can be pickled."""
     if name in _VARIANT_AWARE:
         return _subclass(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -73,7 +73,7 @@ class Relay:
         self.pre_num = 1 if self.accumulates else reach(len(names), pre_num)
 
     def crosses_graphs(self, position: int) -> bool:
-        """Whether the running layer's neighbours may have graphs of their own, as in re-entrant checkpointing.
+        """Whether the running layer's neighbors may have graphs of their own, as in re-entrant checkpointing.
 
         In a recomputation, whether that was so the first time.
         """

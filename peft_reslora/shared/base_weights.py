@@ -85,7 +85,7 @@ def refuse_unreadable(weight: torch.Tensor, layer_name: str) -> None:
     """
     if weight.dtype not in _READABLE_DTYPES:
         raise TypeError(
-            f"The weight of layer {layer_name} has type {weight.dtype}, which PEFT cannot dequantise. Load the base "
+            f"The weight of layer {layer_name} has type {weight.dtype}, which PEFT cannot dequantize. Load the base "
             "model in float32, bfloat16 or float16 to merge."
         )
 

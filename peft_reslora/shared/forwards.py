@@ -173,7 +173,7 @@ def _is_harmless(parent: ast.AST) -> bool:
 def computes_linearly(layer: nn.Module) -> bool:
     """Whether a subclass of `nn.Linear` or `Conv1D` with a forward of its own still computes x W^T + b.
 
-    Found on a small copy in float64, whatever the layer's own size and device. Weights of special types (quantised,
+    Found on a small copy in float64, whatever the layer's own size and device. Weights of special types (quantized,
     sharded) are taken for what PEFT takes them.
     """
     kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(layer, kind)), None)

@@ -1,4 +1,4 @@
-"""Merging into quantised layers and back, where PEFT 0.21 (read in 0.21.2) loses something."""
+"""Merging into quantized layers and back, where PEFT 0.21 (read in 0.21.2) loses something."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def refuse_repacked(base_layer: nn.Module, layer_name: str) -> None:
         )
 
 
-def dequantised_weight(base_layer: nn.Module) -> torch.Tensor:
-    """The weight as plain numbers, in the layer's own orientation; itself, where it is not quantised."""
+def dequantized_weight(base_layer: nn.Module) -> torch.Tensor:
+    """The weight as plain numbers, in the layer's own orientation; itself, where it is not quantized."""
     held = getattr(base_layer, "weight", None)
     weight = dequantize_module_weight(base_layer).detach()
     # On a CPU, PEFT leaves a copy of an 8-bit weight without its scales in the layer, which then cannot run.
@@ -35,7 +35,7 @@ def dequantised_weight(base_layer: nn.Module) -> torch.Tensor:
 
 
 def kept_copy(base_layer: nn.Module) -> nn.Module:
-    """A quantised layer as it is before a merge, for `put_back`."""
+    """A quantized layer as it is before a merge, for `put_back`."""
     # A merge replaces HQQ's layers as a whole. Others get another weight, or another state of the same one.
     return base_layer if _is_hqq(base_layer) else copy.deepcopy(base_layer)
 

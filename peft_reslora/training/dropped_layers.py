@@ -13,7 +13,7 @@ nothing of what it hands on: for 'input' its x_n, for 'middle' its A_n x_n, for 
     middle    h_n = W_n x_n + d_n s_n B_n sum_k A_{n-k} x_{n-k}
 
 That is stochastic depth (arXiv 1603.09382): there, too, the branch of a dropped block is left out and the shortcut
-past it stays. If a dropped layer handed on nothing, its neighbours would learn to do without the shortcut instead of
+past it stays. If a dropped layer handed on nothing, its neighbors would learn to do without the shortcut instead of
 without the layer, and of 'input' and 'middle' no forward pass without the tensor is defined. For 'block' and 'middle'
 a dropped layer's factors may thus get gradients from later layers. Those that get none are not changed in the step,
 neither by momentum nor by weight decay.

@@ -91,7 +91,7 @@ def test_a_kronecker_product_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3), (4, 4)])
-def test_a_full_matrix_is_factorised_on_its_smaller_side(shape: tuple[int, int]) -> None:
+def test_a_full_matrix_is_factorized_on_its_smaller_side(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape)
     A, B = factorize(matrix)
     assert A.shape[0] == min(shape)

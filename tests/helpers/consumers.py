@@ -53,7 +53,7 @@ def vllm(config: Config, tensors: Tensors) -> Updates:
     if config.get("lora_bias") or config.get("layer_replication") or config.get("alora_invocation_tokens"):
         raise Refused("a feature that vLLM does not have")
     if str(config.get("init_lora_weights")).startswith(VLLM_REFUSED_INITS):
-        raise Refused("an initialisation that changes the base model")
+        raise Refused("an initialization that changes the base model")
     if config["r"] > VLLM_MAX_RANK:
         raise Refused("a rank that no server can be started for")
     root = math.sqrt if config.get("use_rslora") else float

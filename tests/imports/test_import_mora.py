@@ -59,7 +59,7 @@ def their_update(x: Tensor, M: Tensor, out_features: int, mora_type: int) -> Ten
 
 
 def _runs(length: int, q: int) -> list[tuple[int, int]]:
-    """`length` cut into q runs of neighbours, the longer ones first."""
+    """`length` cut into q runs of neighbors, the longer ones first."""
     sizes = [length // q + (i < length % q) for i in range(q)]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
@@ -172,7 +172,7 @@ def test_types_2_to_4_are_no_operator_of_ours(mora_type: int) -> None:
 
 
 @pytest.mark.parametrize("mora_type", [2, 3, 4])
-def test_types_2_to_4_are_refused_where_they_mix_neighbours(tmp_path: Path, mora_type: int) -> None:
+def test_types_2_to_4_are_refused_where_they_mix_neighbors(tmp_path: Path, mora_type: int) -> None:
     write_theirs(tmp_path / "theirs", LLAMA.make(), mora_type, 2, ["q_proj"])
     with pytest.raises(ValueError, match=f"mora_type={mora_type} has no equal here: on layer .* neighbour"):
         import_adapter(tmp_path / "theirs", tmp_path / "ours")
@@ -180,7 +180,7 @@ def test_types_2_to_4_are_refused_where_they_mix_neighbours(tmp_path: Path, mora
 
 
 @pytest.mark.parametrize("mora_type", [2, 3, 4])
-def test_types_2_to_4_are_imported_where_no_neighbours_mix(tmp_path: Path, mora_type: int) -> None:
+def test_types_2_to_4_are_imported_where_no_neighbors_mix(tmp_path: Path, mora_type: int) -> None:
     model, inputs = LLAMA.make().double(), LLAMA.inputs()
     matrices = write_theirs(tmp_path / "theirs", model, mora_type, 20, ["q_proj"])  # a square of 31 for 24 -> 24
     account = import_adapter(tmp_path / "theirs", tmp_path / "ours")

@@ -134,5 +134,5 @@ def test_weight_that_is_no_plain_number_is_refused():
     model = get_peft_model(mlp(), mora_config())
     mora = model.base_model.model.lin0
     mora.base_layer.weight = nn.Parameter(mora.base_layer.weight.detach().to(torch.float8_e4m3fn))
-    with pytest.raises(TypeError, match=r"layer lin0 has type torch\.float8_e4m3fn, which PEFT cannot dequantise"):
+    with pytest.raises(TypeError, match=r"layer lin0 has type torch\.float8_e4m3fn, which PEFT cannot dequantize"):
         model.merge_adapter()

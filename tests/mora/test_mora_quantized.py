@@ -13,7 +13,7 @@ from peft import get_peft_model
 from peft_reslora.mora import MoRAConfig, MoRALinear
 
 
-def quantised_weight(mora: MoRALinear) -> list[torch.Tensor]:
+def quantized_weight(mora: MoRALinear) -> list[torch.Tensor]:
     """The stored numbers, packed values and scales, not the weight they stand for."""
     weight = mora.get_base_layer().weight
     if hasattr(weight, "quant_state"):
@@ -34,7 +34,7 @@ backends = pytest.mark.parametrize(
 
 @kinds
 @backends
-def test_quantised_base_trains(build, step, mora_type):
+def test_quantized_base_trains(build, step, mora_type):
     model = get_peft_model(build(), MoRAConfig(r=4, mora_type=mora_type, target_modules=["lin0"]))
     mora = model.base_model.model.lin0
     x = torch.randn(5, 64)
@@ -53,25 +53,25 @@ def test_quantised_base_trains(build, step, mora_type):
 
 @kinds
 @backends
-def test_merge_quantises_the_sum_and_unmerge_restores_the_bits(build, step, mora_type):
+def test_merge_quantizes_the_sum_and_unmerge_restores_the_bits(build, step, mora_type):
     # in training mode, as evaluation on a CPU may repack a 4-bit weight
     model = get_peft_model(build(), mora_config(mora_type, r=4, target_modules=["lin0"])).train()
     mora = model.base_model.model.lin0
     mora.mora_M["default"].data.mul_(0.1)
     x = torch.randn(5, 64)
     expected = model(x)
-    before = quantised_weight(mora)
-    dequantised = mora.get_base_weight().clone().float()
+    before = quantized_weight(mora)
+    dequantized = mora.get_base_weight().clone().float()
     for cycle in range(3):
         model.merge_adapter(safe_merge=True)
-        error = relative_error(mora.get_base_weight(), dequantised + mora.get_delta_weight("default"))
+        error = relative_error(mora.get_base_weight(), dequantized + mora.get_delta_weight("default"))
         assert error < step
         assert relative_error(model(x), expected) < step
         if cycle == 1:
             model = copy.deepcopy(model).to("cpu")
             mora = model.base_model.model.lin0
         model.unmerge_adapter()
-        for ours, theirs in zip(quantised_weight(mora), before, strict=True):
+        for ours, theirs in zip(quantized_weight(mora), before, strict=True):
             assert torch.equal(ours, theirs)
         assert torch.equal(model(x), expected)
     merged = model.merge_and_unload()

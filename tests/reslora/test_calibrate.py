@@ -324,7 +324,7 @@ def test_the_progress_bar_counts_batches(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_bases_are_calibrated_and_reported_without_a_change():
+def test_quantized_bases_are_calibrated_and_reported_without_a_change():
     bnb = pytest.importorskip("bitsandbytes")
     torch.set_default_dtype(torch.float32)  # what bitsandbytes takes
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 53, "initializer_range": 0.2}

@@ -25,7 +25,7 @@ from peft_reslora.reslora.merging.report import _Output, _Sums
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def labelled() -> list[dict[str, torch.Tensor]]:
+def labeled() -> list[dict[str, torch.Tensor]]:
     return [
         {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
         for batch in batches_of()
@@ -41,7 +41,7 @@ def ready(shortcut: str, pre_num: int, **fields: object) -> nn.Module:
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 def test_the_report_agrees_with_merges_by_hand(shortcut, pre_num):
-    model, batches = ready(shortcut, pre_num), labelled()
+    model, batches = ready(shortcut, pre_num), labeled()
     report = merge_report(model, batches)
     assert report.rounded
     assert not report.exact
@@ -89,7 +89,7 @@ def test_an_adapter_is_saved_after_a_report_as_before(shortcut, pre_num, tmp_pat
     record_norms(model, TINY_MODELS["llama"].batches(3))
     inputs = TINY_MODELS["llama"].inputs()
     expected = output_of(model, inputs)
-    merge_report(model, labelled())
+    merge_report(model, labeled())
     assert model.peft_config["default"].estimate is None
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_came():
     model.train()
     hooks = [dict(module._forward_pre_hooks) for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    merge_report(model, labelled())
+    merge_report(model, labeled())
     assert model.training
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert model.state_dict().keys() == state.keys()
@@ -116,18 +116,18 @@ def test_beside_another_active_adapter_the_merge_is_simulated():
     model.add_adapter("second", second)
     randomize_adapters(model, seed=3)
     model.base_model.set_adapter(["default", "second"])
-    report = merge_report(model, labelled(), estimators="drop")
+    report = merge_report(model, labeled(), estimators="drop")
     assert not report.rounded
-    expected = log_probabilities(model, labelled())
+    expected = log_probabilities(model, labeled())
     model.peft_config["default"].merge_estimator = "drop"
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "second"])
-    assert math.isclose(report.costs["drop"].kl, divergence(merged, expected, labelled()), rel_tol=MODEL64)
+    assert math.isclose(report.costs["drop"].kl, divergence(merged, expected, labeled()), rel_tol=MODEL64)
 
 
 @pytest.mark.parametrize("pre_num", [1, -1])
 def test_block_is_exact(pre_num):
     _, model = base_and_adapted("llama", "block", pre_num)
-    report = merge_report(model, labelled())
+    report = merge_report(model, labeled())
     assert report.exact
     assert list(report.costs) == ["exact"]
     assert report.costs["exact"].kl < MODEL64
@@ -159,7 +159,7 @@ def test_estimators_without_data_are_listed_and_a_single_one_raises():
 
 
 def test_table_dictionary_and_picture(tmp_path):
-    report = merge_report(ready("input", 1), labelled(), estimators=["drop", "least_squares"])
+    report = merge_report(ready("input", 1), labeled(), estimators=["drop", "least_squares"])
     header, *rows = str(report).splitlines()[1:]
     assert header.split()[:2] == ["estimator", "layer"]
     assert [row.split()[0] for row in rows[1:]] == ["drop", "least_squares"]
@@ -169,7 +169,7 @@ def test_table_dictionary_and_picture(tmp_path):
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
-    report = merge_report(ready("input", 1), labelled(), estimators="drop")
+    report = merge_report(ready("input", 1), labeled(), estimators="drop")
     real = builtins.__import__
 
     def without(name: str, *args: object, **kwargs: object) -> object:

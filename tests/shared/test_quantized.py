@@ -1,4 +1,4 @@
-"""Quantised base models: the gradients of the dequantised one; save, load, merge, export; refusals."""
+"""Quantized base models: the gradients of the dequantized one; save, load, merge, export; refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reslora import ResLoRAConfig, export_lora
 from peft_reslora.reslora.layer import ResLoRALayer
-from peft_reslora.shared.quantized import dequantised_weight
+from peft_reslora.shared.quantized import dequantized_weight
 
 TARGETS = TINY_MODELS["llama"].targets
 
@@ -50,59 +50,59 @@ def base() -> nn.Module:
     return model
 
 
-def _replace_linears(model: nn.Module, quantise: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+def _replace_linears(model: nn.Module, quantize: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.model.get_submodule(parent), leaf, quantise(module))
+            setattr(model.model.get_submodule(parent), leaf, quantize(module))
     return model
 
 
 def nf4(model: nn.Module) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
 
-    def quantise(linear: nn.Linear) -> nn.Module:
+    def quantize(linear: nn.Linear) -> nn.Module:
         sizes = linear.in_features, linear.out_features
-        quantised = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-        quantised.bias = linear.bias
-        quantised.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, quant_type="nf4", module=quantised
+        quantized = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+        quantized.bias = linear.bias
+        quantized.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", module=quantized
         )
-        return quantised.to("cpu")
+        return quantized.to("cpu")
 
     model.is_loaded_in_4bit = True
-    return _replace_linears(model, quantise)
+    return _replace_linears(model, quantize)
 
 
 def int8(model: nn.Module) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
 
-    def quantise(linear: nn.Linear) -> nn.Module:
+    def quantize(linear: nn.Linear) -> nn.Module:
         sizes = linear.in_features, linear.out_features
-        quantised = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
-        quantised.bias = linear.bias
-        quantised.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-        return quantised.to("cpu")
+        quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        quantized.bias = linear.bias
+        quantized.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        return quantized.to("cpu")
 
     model.is_loaded_in_8bit = True
-    return _replace_linears(model, quantise)
+    return _replace_linears(model, quantize)
 
 
 def hqq(model: nn.Module) -> nn.Module:
     quantize = pytest.importorskip("hqq.core.quantize")
     scheme = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
 
-    def quantise(linear: nn.Linear) -> nn.Module:
+    def quantize(linear: nn.Linear) -> nn.Module:
         return quantize.HQQLinear(linear, scheme, compute_dtype=torch.float32, device="cpu", del_orig=False)
 
-    return _replace_linears(model, quantise)
+    return _replace_linears(model, quantize)
 
 
 def torchao(model: nn.Module) -> nn.Module:
     quantization = pytest.importorskip("torchao.quantization")
     scheme = quantization.Int8WeightOnlyConfig()
     quantization.quantize_(model.model, scheme, filter_fn=lambda module, name: isinstance(module, nn.Linear))
-    # What transformers leaves on a model it has quantised, for PEFT to quantise merged weights again.
+    # What transformers leaves on a model it has quantized, for PEFT to quantize merged weights again.
     config = SimpleNamespace(get_apply_tensor_subclass=lambda: scheme)
     model.hf_quantizer = SimpleNamespace(quantization_config=config)
     return model
@@ -119,7 +119,7 @@ quick = pytest.mark.quick(tuner=["middle", "mora"])
 supported = pytest.mark.support(lambda backend, **_: f"{LABELS[backend]}: a step, save, load, merge, export")
 
 
-def dequantised(model: nn.Module) -> nn.Module:
+def dequantized(model: nn.Module) -> nn.Module:
     plain = base()
     linears = [name for name, module in plain.model.named_modules() if isinstance(module, nn.Linear)]
     for name in linears:
@@ -133,25 +133,25 @@ def in_training(model: nn.Module, tuner: str, **fields: Any) -> nn.Module:
 
 
 def pair(backend: str, tuner: str, **fields: Any) -> tuple[nn.Module, nn.Module]:
-    """An adapter on the quantised base, and the same one on the dequantised base."""
-    quantised = BACKENDS[backend](base())
-    plain = dequantised(quantised)
-    return in_training(quantised, tuner, **fields), in_training(plain, tuner, **fields)
+    """An adapter on the quantized base, and the same one on the dequantized base."""
+    quantized = BACKENDS[backend](base())
+    plain = dequantized(quantized)
+    return in_training(quantized, tuner, **fields), in_training(plain, tuner, **fields)
 
 
 @supported
 @quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
-    quantised, plain = pair(backend, tuner)
-    for model in (quantised, plain):
+def test_a_step_is_that_of_the_dequantized_base(backend, tuner):
+    quantized, plain = pair(backend, tuner)
+    for model in (quantized, plain):
         output_of(model, LLAMA_INPUTS).square().mean().backward()
-    assert_gradients_close(gradients(quantised), gradients(plain))
-    for model in (quantised, plain):
+    assert_gradients_close(gradients(quantized), gradients(plain))
+    for model in (quantized, plain):
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     with torch.no_grad():
-        assert relative_error(output_of(quantised, LLAMA_INPUTS), output_of(plain, LLAMA_INPUTS)) < rounding(plain)
+        assert relative_error(output_of(quantized, LLAMA_INPUTS), output_of(plain, LLAMA_INPUTS)) < rounding(plain)
 
 
 @supported
@@ -160,23 +160,23 @@ def test_a_step_is_that_of_the_dequantised_base(backend, tuner):
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
 def test_an_adapter_is_saved_loaded_and_exported(backend, tuner, tmp_path):
-    quantised, plain = pair(backend, tuner)
-    expected = output_of(quantised, LLAMA_INPUTS)
-    quantised.save_pretrained(tmp_path)
+    quantized, plain = pair(backend, tuner)
+    expected = output_of(quantized, LLAMA_INPUTS)
+    quantized.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(BACKENDS[backend](base()), tmp_path).train()
     assert torch.equal(output_of(loaded, LLAMA_INPUTS), expected)
     options = {"rank": 4} if tuner == "mora" else {}
     if tuner in ("input", "middle"):
-        for model in (quantised, plain):
+        for model in (quantized, plain):
             output_of(model, LLAMA_INPUTS)  # records norms
-    exported = [export_lora(model, **options).state_dict for model in (quantised, plain)]
+    exported = [export_lora(model, **options).state_dict for model in (quantized, plain)]
     for name, factor in exported[1].items():
         assert relative_error(exported[0][name], factor) <= rounding(64 * 96), name  # MoRA's are from an SVD
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     layers = tuner_layers(model).items()
-    return {name: dequantised_weight(layer.get_base_layer()).clone() for name, layer in layers}
+    return {name: dequantized_weight(layer.get_base_layer()).clone() for name, layer in layers}
 
 
 @supported
@@ -184,23 +184,23 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
-def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(backend, tuner):
-    quantised, plain = pair(backend, tuner)
-    for model in (quantised, plain):
+def test_merging_quantizes_the_merged_weight_and_unmerging_restores_bit_for_bit(backend, tuner):
+    quantized, plain = pair(backend, tuner)
+    for model in (quantized, plain):
         output_of(model, LLAMA_INPUTS)
-    before = base_weights(quantised)
-    unmerged = output_of(quantised, LLAMA_INPUTS)
+    before = base_weights(quantized)
+    unmerged = output_of(quantized, LLAMA_INPUTS)
     layers = tuner_layers(plain)
-    quantised.merge_adapter()
-    for name, layer in tuner_layers(quantised).items():
-        merged = dequantised_weight(layer.get_base_layer()).float()
+    quantized.merge_adapter()
+    for name, layer in tuner_layers(quantized).items():
+        merged = dequantized_weight(layer.get_base_layer()).float()
         expected = layers[name].get_base_layer().weight + layers[name].get_delta_weight("default")
         # The steps of 4 and of 8 bits between the largest and the smallest weight of a group.
         assert relative_error(merged, expected) < {"nf4": 0.15, "hqq": 0.15}.get(backend, 0.02), name
         assert torch.equal(layer.get_base_layer().bias, layers[name].get_base_layer().bias), name
-    quantised.unmerge_adapter()
-    assert all(torch.equal(value, base_weights(quantised)[name]) for name, value in before.items())
-    assert relative_error(output_of(quantised, LLAMA_INPUTS), unmerged) < rounding(plain)
+    quantized.unmerge_adapter()
+    assert all(torch.equal(value, base_weights(quantized)[name]) for name, value in before.items())
+    assert relative_error(output_of(quantized, LLAMA_INPUTS), unmerged) < rounding(plain)
 
 
 @supported
@@ -209,27 +209,27 @@ def test_merging_quantises_the_merged_weight_and_unmerging_restores_bit_for_bit(
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
 def test_merge_and_unload_gives_the_merged_model(backend, tuner):
-    quantised, plain = pair(backend, tuner)
-    output_of(quantised, LLAMA_INPUTS)
-    twin = copy.deepcopy(quantised)
+    quantized, plain = pair(backend, tuner)
+    output_of(quantized, LLAMA_INPUTS)
+    twin = copy.deepcopy(quantized)
     twin.merge_adapter()
     expected = output_of(twin, LLAMA_INPUTS)
-    assert relative_error(output_of(quantised.merge_and_unload().train(), LLAMA_INPUTS), expected) < rounding(plain)
+    assert relative_error(output_of(quantized.merge_and_unload().train(), LLAMA_INPUTS), expected) < rounding(plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tuner", ["input", "middle"])
 @torch.no_grad()
-def test_weight_norm_reads_the_dequantised_weight(backend, tuner):
-    quantised, plain = pair(backend, tuner, merge_estimator="weight_norm")
+def test_weight_norm_reads_the_dequantized_weight(backend, tuner):
+    quantized, plain = pair(backend, tuner, merge_estimator="weight_norm")
     layers = dict(plain.named_modules())
-    for name, layer in quantised.named_modules():
+    for name, layer in quantized.named_modules():
         if isinstance(layer, ResLoRALayer):
             expected = layers[name].get_delta_weight("default")
             assert relative_error(layer.get_delta_weight("default"), expected) < rounding(plain)
-    assert output_of(quantised, LLAMA_INPUTS).isfinite().all(), "reading the weights broke the layers"
-    base_weights(quantised)
-    assert output_of(quantised, LLAMA_INPUTS).isfinite().all()
+    assert output_of(quantized, LLAMA_INPUTS).isfinite().all(), "reading the weights broke the layers"
+    base_weights(quantized)
+    assert output_of(quantized, LLAMA_INPUTS).isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

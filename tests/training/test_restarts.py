@@ -374,8 +374,8 @@ def test_base_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["weights"]
 
 
-class FakeQuantised(nn.Parameter):
-    """A weight as quantisation libraries have it: a subclass that passes for float32."""
+class FakeQuantized(nn.Parameter):
+    """A weight as quantization libraries have it: a subclass that passes for float32."""
 
 
 def tie(model: PeftModel) -> None:
@@ -383,9 +383,9 @@ def tie(model: PeftModel) -> None:
     layers[0].mlp.up_proj.get_base_layer().weight = layers[1].mlp.gate_proj.weight
 
 
-def quantise(model: PeftModel) -> None:
+def quantize(model: PeftModel) -> None:
     base = model.base_model.model.model.layers[0].mlp.up_proj.get_base_layer()
-    base.weight = FakeQuantised(base.weight.data, requires_grad=False)
+    base.weight = FakeQuantized(base.weight.data, requires_grad=False)
 
 
 UP = ["up_proj"]
@@ -405,7 +405,7 @@ REFUSED: dict[str, tuple[PeftConfig, Any, str]] = {
     "loha": (LoHaConfig(target_modules=UP), None, "type LOHA.*Take LoRA"),
     "embedding": (LoraConfig(target_modules=["embed_tokens"]), None, "Embedding.*target linear layers only"),
     "half": (LoraConfig(target_modules=UP), lambda m: m.half(), "torch.float16.*rounded.*float32.*bf16=True"),
-    "quantised": (LoraConfig(target_modules=UP), quantise, "type FakeQuantised.*load it unquantized"),
+    "quantized": (LoraConfig(target_modules=UP), quantize, "type FakeQuantized.*load it unquantized"),
     "tied": (LoraConfig(target_modules=UP), tie, "shares its base weight with another module.*do not target"),
     "merged": (LoraConfig(target_modules=UP), lambda m: m.merge_adapter(), "merged.*unmerge_adapter"),
     "meta": (LoraConfig(target_modules=UP), lambda m: m.to("meta"), "sharded or offloaded"),

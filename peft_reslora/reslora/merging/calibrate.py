@@ -81,7 +81,7 @@ class Moments:
 
 
 def ridge_regression(moments: Moments, ridge: float) -> torch.Tensor | None:
-    """C `(r, in)` that minimises sum |t - C x|^2 + ridge m |C|^2, with m the mean of the diagonal of X^T X.
+    """C `(r, in)` that minimizes sum |t - C x|^2 + ridge m |C|^2, with m the mean of the diagonal of X^T X.
 
     None where the regularized matrix is singular.
     """
