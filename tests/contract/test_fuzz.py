@@ -442,7 +442,7 @@ def run_case(data: st.DataObject) -> None:
 common = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@settings(common, max_examples=100)
+@settings(common, max_examples=50)
 @given(st.data())
 def test_random_operations_on_random_models(data):
     run_case(data)

@@ -86,6 +86,7 @@ def assert_same_training(actual: Results | str, expected: Results, engine: str) 
         assert_gradients_close(found, wanted, terms)
 
 
+@pytest.mark.quick(engine=["ddp", "fsdp2"])
 @pytest.mark.xdist_group("each engine")
 @pytest.mark.parametrize("engine", CASE_OF_EACH)
 def test_one_case_trains_as_one_process(run_engine, engine):

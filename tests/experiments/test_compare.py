@@ -68,6 +68,7 @@ def test_all_methods_see_the_same_rows_in_the_same_order(finished: tuple[Path, l
     assert len({line["losses"][0] for line in lines}) >= 3  # and another order for each seed
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_interrupted_goes_on(
     films: Path, finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,8 @@ def compare_with_oracle(
     assert_gradients_close(grads, wanted)
 
 
-@pytest.mark.quick(dtype=[torch.float64])
+@pytest.mark.quick(dtype=[torch.float64], pre_num=[-1])
+@pytest.mark.quick(dtype=[torch.float64], shortcut=["input"])
 @pytest.mark.quick(name=["llama"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -135,6 +135,9 @@ SCHEDULES = [
 
 
 @pytest.mark.support("gradient checkpointing, both modes, any order of forwards and backwards")
+@pytest.mark.quick(schedule=[two_forwards_backwards_in_reverse], tuner=["input", "block", "middle"])
+@pytest.mark.quick(schedule=[evaluation_in_between], pre_num=[-1])
+@pytest.mark.quick(schedule=[accumulation], tuner=["input", "mora"])
 @pytest.mark.parametrize(("tuner", "pre_num"), [*VARIANTS, ("mora", 1)])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES)

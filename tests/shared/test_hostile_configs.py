@@ -119,6 +119,7 @@ def deep_names() -> nn.Module:
     return nn.ModuleDict({NAME: nn.ModuleDict({NAME: inner})})
 
 
+@pytest.mark.quick(field=["chain_pattern", "rank_pattern"])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("field", [*SLOW, "alpha_pattern", "chain_pattern"])
 def test_a_catastrophic_pattern_is_refused_in_time(tuner: type, field: str, monkeypatch: Any) -> None:

@@ -89,11 +89,11 @@ def int8(model: nn.Module) -> nn.Module:
 
 
 def hqq(model: nn.Module) -> nn.Module:
-    quantize = pytest.importorskip("hqq.core.quantize")
-    scheme = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
+    module = pytest.importorskip("hqq.core.quantize")
+    scheme = module.BaseQuantizeConfig(nbits=4, group_size=64)
 
     def quantize(linear: nn.Linear) -> nn.Module:
-        return quantize.HQQLinear(linear, scheme, compute_dtype=torch.float32, device="cpu", del_orig=False)
+        return module.HQQLinear(linear, scheme, compute_dtype=torch.float32, device="cpu", del_orig=False)
 
     return _replace_linears(model, quantize)
 

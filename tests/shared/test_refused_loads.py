@@ -121,6 +121,8 @@ USES = {
 }
 
 
+@pytest.mark.quick(tuner=["input"])
+@pytest.mark.quick(use=["a forward pass"])
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()

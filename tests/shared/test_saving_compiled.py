@@ -20,6 +20,8 @@ CONFIGS = {
 }
 
 
+@pytest.mark.quick(tuner=["middle"])
+@pytest.mark.quick(tuner=["mora"], fullgraph=[True])
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("tuner", CONFIGS)
 def test_what_transformers_loads_is_checked_under_compile(tuner, fullgraph, tmp_path):

@@ -142,6 +142,7 @@ def compiled(block: nn.Module) -> nn.Module:
 WRAPPERS = {"compile": compiled, "checkpoint": checkpoint_wrapper}
 
 
+@pytest.mark.quick(tuner=["block", "mora"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("tuner", TUNERS)
