@@ -199,19 +199,7 @@ def _composable(
     trainable = {parameter: parameter.requires_grad for parameter in base_model.parameters()}
     model: Any = get_peft_model(base_model, config)
     try:
-        layers: dict[str, Any] = {
-            name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)
-        }
-        held = {name for export in exports for name in export.shapes()}
-        if layers.keys() != held:
-            other = ", ".join(sorted(layers.keys() ^ held)[:3])
-            raise ValueError(f"PEFT adapts other layers of the base model than the exports hold: {other}.")
-        sides: dict[Any, Tensor] = {}
-        for name, layer in layers.items():
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            pairs = [_pair(export, name) or _zeros(export, A, B) for export in exports]
-            A.data.copy_(torch.cat([pair[0] for pair in pairs]))
-            sides[layer] = torch.cat([pair[1] for pair in pairs], dim=1).to(B)
+        sides = _put_side_by_side(model.get_base_model(), exports)
 
         def set_weights(weights: Sequence[float]) -> None:
             ranks = torch.tensor([export.config.r for export in exports])
@@ -228,6 +216,26 @@ def _composable(
             module.training = was
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
+
+
+def _put_side_by_side(model: nn.Module, exports: Sequence[LoraExport]) -> dict[Any, Tensor]:
+    """Write the exports' A below each other into the layers, and give each layer's B, all with weight 1.
+
+    Raises:
+        ValueError: if the layers are not those of the exports.
+    """
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    held = {name for export in exports for name in export.shapes()}
+    if layers.keys() != held:
+        other = ", ".join(sorted(layers.keys() ^ held)[:3])
+        raise ValueError(f"PEFT adapts other layers of the base model than the exports hold: {other}.")
+    sides: dict[Any, Tensor] = {}
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        pairs = [_pair(export, name) or _zeros(export, A, B) for export in exports]
+        A.data.copy_(torch.cat([pair[0] for pair in pairs]))
+        sides[layer] = torch.cat([pair[1] for pair in pairs], dim=1).to(B)
+    return sides
 
 
 def _check(adapters: Sequence[str], weights: Sequence[float]) -> None:

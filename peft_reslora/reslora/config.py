@@ -219,8 +219,7 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         """What is wrong with AdaLoRA's fields together; nothing while there are other `faults`."""
         if faults:
             return []
-        total_step = self.total_step
-        if total_step is None:
+        if self.total_step is None:
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
             chosen = [name for name in _ADALORA_FIELDS if getattr(self, name) != defaults[name]]
             return [
@@ -228,33 +227,25 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
                 "that too, or leave it unset"
                 for name in chosen
             ]
-        found = []
-        if self.use_dora:
-            found.append(
-                f"total_step={total_step} (AdaLoRA) with use_dora=True, which are two kinds of blocks; choose one"
-            )
-        if self.use_rslora:
-            found.append(
-                f"total_step={total_step} (AdaLoRA) with use_rslora=True, but its scaling is lora_alpha / (init_r + "
-                "1e-5); leave use_rslora unset"
-            )
-        if self.lora_alpha <= 0:
-            found.append(f"lora_alpha={self.lora_alpha} must be positive with total_step={total_step} (AdaLoRA)")
-        if self.r not in (8, self.init_r):  # LoRA's default
-            found.append(f"r={self.r} with total_step={total_step} (AdaLoRA), whose rank is init_r={self.init_r}")
-        if not self.target_r < self.init_r:
-            found.append(f"target_r={self.target_r} must be less than init_r={self.init_r}, or nothing is pruned")
-        if self.tinit >= total_step - self.tfinal:
-            found.append(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={total_step} in which the "
-                "budget could shrink"
-            )
-        if not isinstance(self.init_lora_weights, bool):
-            found.append(
-                f"init_lora_weights={fields.shown(self.init_lora_weights)} with total_step={total_step} (AdaLoRA), "
-                "which starts in its own way, choose True or False"
-            )
-        return found
+        given = f"total_step={self.total_step} (AdaLoRA)"
+        rules = {
+            f"{given} with use_dora=True, which are two kinds of blocks; choose one": self.use_dora,
+            f"{given} with use_rslora=True, but its scaling is lora_alpha / (init_r + 1e-5); leave use_rslora unset": (
+                self.use_rslora
+            ),
+            f"lora_alpha={self.lora_alpha} must be positive with {given}": self.lora_alpha <= 0,
+            f"r={self.r} with {given}, whose rank is init_r={self.init_r}": (
+                self.r not in (8, self.init_r)  # LoRA's default
+            ),
+            f"target_r={self.target_r} must be less than init_r={self.init_r}, or nothing is pruned": (
+                self.target_r >= self.init_r
+            ),
+            f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} in which the "
+            "budget could shrink": self.tinit >= self.total_step - self.tfinal,
+            f"init_lora_weights={fields.shown(self.init_lora_weights)} with {given}, which starts in its own way, "
+            "choose True or False": not isinstance(self.init_lora_weights, bool),
+        }
+        return [fault for fault, broken in rules.items() if broken]
 
     def _lora_faults(self) -> list[str]:
         known = {f.name for f in dataclasses.fields(LoraConfig)}
