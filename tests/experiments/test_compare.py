@@ -42,6 +42,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
     return sorted((line for line in lines if line["kind"] != "cost"), key=lambda line: line["key"])
 
 
+@pytest.mark.slow
 def test_every_method_has_its_cost_its_search_and_its_seeds(finished: tuple[Path, list[str]]) -> None:
     folder, said = finished
     lines = read_lines(folder)
@@ -58,6 +59,7 @@ def test_every_method_has_its_cost_its_search_and_its_seeds(finished: tuple[Path
     assert not any("ResLoRA: rank" in line and "NOT EQUAL" in line for line in said)
 
 
+@pytest.mark.slow
 def test_all_methods_see_the_same_rows_in_the_same_order(finished: tuple[Path, list[str]]) -> None:
     """So that they start at the same loss: the base's, with nothing added."""
     lines = [line for line in read_lines(finished[0]) if line["kind"] == "report"]
@@ -98,6 +100,7 @@ def test_shards_joined_in_one_folder_are_the_whole(
     assert without_times(tmp_path / "1") == without_times(finished[0])
 
 
+@pytest.mark.slow
 def test_lines_of_other_settings_are_left_alone_and_not_counted(
     films: Path, finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +113,7 @@ def test_lines_of_other_settings_are_left_alone_and_not_counted(
     assert len(read_lines(tmp_path / "copy")) > len(read_lines(finished[0]))
 
 
+@pytest.mark.slow
 def test_the_report_has_table_figures_and_says_what_is_missing(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     text = (folder / "REPORT.md").read_text(encoding="utf-8")

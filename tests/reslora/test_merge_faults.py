@@ -166,6 +166,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick(tuner=["middle", "mora"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("tuner", "action"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_global_settings_change_no_merge(tuner, action, setting):

@@ -38,6 +38,7 @@ def activations_seen(model: nn.Module) -> list[weakref.ref]:
     return seen
 
 
+@pytest.mark.quick(mode=["backward"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("mode", ["no_grad", "forward", "backward"])
 def test_no_activation_outlives_a_forward(shortcut, pre_num, mode):
@@ -60,6 +61,7 @@ def test_no_activation_outlives_a_forward(shortcut, pre_num, mode):
         gc.enable()
 
 
+@pytest.mark.quick(pre_num=[-1])
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_no_activation_outlives_a_checkpointed_backward(shortcut, pre_num, use_reentrant):

@@ -49,6 +49,7 @@ def combined(model: nn.Module, name: str = "sum") -> torch.Tensor:
     return model.double()(input_ids=NARROW_IDS).logits
 
 
+@pytest.mark.quick(ranks=[(2, 4)])
 @pytest.mark.parametrize("ranks", [(3, 2), (2, 4)])
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)
@@ -66,6 +67,7 @@ def test_cat_is_the_weighted_sum_of_the_updates(shortcut, pre_num, scaling, rank
         assert relative_error(layer.get_delta_weight("sum"), delta) < 1e-6
 
 
+@pytest.mark.quick(weight=[-1.7], pre_num=[1])
 @pytest.mark.parametrize("combination_type", ["linear", "svd", "cat", "ties"])
 @pytest.mark.parametrize("weight", [0.6, -1.7])
 @pytest.mark.parametrize(("shortcut", "pre_num"), ONE_OR_ALL)

@@ -384,6 +384,7 @@ def test_consumers_of_loras_refuse_a_native_folder(kind: str, tmp_path: Path) ->
             read_by(*read_folder(tmp_path / "adapter")[:2])
 
 
+@pytest.mark.quick(low_cpu_mem_usage=[True])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_peft_and_diffusers_do_not_load_it_as_a_lora(shortcut: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:

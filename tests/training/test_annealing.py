@@ -31,6 +31,7 @@ def weight_norm_model(shortcut: str, pre_num: int, **fields: object) -> tuple[nn
     return base_and_adapted("llama", shortcut, pre_num, merge_estimator="weight_norm", **fields)
 
 
+@pytest.mark.quick(estimator=["weight_norm", "least_squares"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)
 @pytest.mark.parametrize("estimator", ["drop", "input_norm", "weight_norm", "least_squares"])
 def test_an_annealed_adapter_merges_exactly(shortcut, pre_num, estimator, caplog):

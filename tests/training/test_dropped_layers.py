@@ -97,6 +97,7 @@ def by_gates(model: Any, active: list[bool], gates: LayerGates) -> tuple[Tensor,
     return output.detach(), pairs
 
 
+@pytest.mark.quick(reentrant=[True])
 @pytest.mark.parametrize(("shortcut", "pre_num"), CASES)
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 def test_a_dropped_layer_adds_nothing_and_hands_on(shortcut: Any, pre_num: int, reentrant: bool | None) -> None:
