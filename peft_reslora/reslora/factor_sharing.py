@@ -67,7 +67,7 @@ def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
 
 def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[Term]:
     """A, B and s of the layer at `position` and of those that feed it, nearest first, on the device."""
-    pairs = _handed(chain, position) if way is Way.HANDED else [read(chain, k) for k in chain.span(position)]
+    pairs = _handed(chain, position, device) if way is Way.HANDED else [read(chain, k) for k in chain.span(position)]
     scalings = [chain.block(k).scaling for k in chain.span(position)]
     return [(A.to(device), B.to(device), s) for (A, B), s in zip(pairs, scalings, strict=True)]
 
@@ -138,26 +138,26 @@ def _is_sharded(block: LinearBlock) -> bool:
     return bool(meshes) and (not is_tensor_parallel(block.layer.get_base_layer()) or meshes[0].ndim > 1)
 
 
-def _handed(chain: Chain, position: int) -> list[Factors]:
+def _handed(chain: Chain, position: int, device: torch.device) -> list[Factors]:
     """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
     block = chain.block(position)
-    A, B = (_whole(linear, chain.names[position]) for linear in block.modules)
+    A, B = (_whole(linear, chain.names[position], device) for linear in block.modules)
     own = block.fold(A, B)
     handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
     values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
     return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]
 
 
-def _whole(linear: nn.Linear, name: str) -> torch.Tensor:
+def _whole(linear: nn.Linear, name: str, device: torch.device) -> torch.Tensor:
     """The weight, as its own layer's forward sees it."""
     if is_bare_linear(linear) or isinstance(linear.weight, DTensor):
         return readable(linear.weight, name, _ADVICE)
-    return weight_by_call(linear)
+    return weight_by_call(linear, device if linear.weight.is_meta else linear.weight.device)
 
 
-def weight_by_call(linear: nn.Linear) -> torch.Tensor:
-    """The weight `(out, in)`, as what a call makes of the identity, where hooks load it only for the call."""
-    return linear(torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)).t()
+def weight_by_call(linear: nn.Linear, device: torch.device) -> torch.Tensor:
+    """The weight `(out, in)`, as what a call on the device makes of the identity, where hooks load it for the call."""
+    return linear(torch.eye(linear.in_features, dtype=linear.weight.dtype, device=device)).t()
 
 
 def _unflatten(block: LinearBlock, flat: torch.Tensor) -> Factors:

@@ -283,22 +283,23 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     @full_precision()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT, but refused before anything is changed, and undone by `unmerge` bit for bit."""
-        before = list(self.merged_adapters)
+        before, kept_before = list(self.merged_adapters), list(self.kept_base)
         names = self.adapters_to_merge(adapter_names)
         if not any(chain.merges_checked for chain in self._chains(names)):
             self.check_mergeable(names, safe_merge)
         base_layer = self.get_base_layer()
         with onloaded(base_layer):
             kept = self._keep_base(names)
+            self.kept_base += [] if before else kept  # one adapter may ask for the weight from before another's merge
             try:
                 super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             except BaseException:
                 self._put_back(kept)
-                self.merged_adapters[:] = before
+                self.merged_adapters[:], self.kept_base[:] = before, kept_before
                 raise
             keep_bias(self.get_base_layer(), base_layer)
-        if self._keeps_base(names) and not before:
-            self.kept_base += kept
+        if not self._keeps_base(names):
+            self.kept_base[:] = kept_before
 
     @full_precision()
     def unmerge(self) -> None:
@@ -345,6 +346,9 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def _keeps_base(self, adapter_names: Sequence[str]) -> bool:
         return all(chain.keeps_base_weights for chain in self._chains(adapter_names))
 
+    def _adds_up(self, adapter_names: Iterable[str]) -> bool:
+        return all(chain.kind.adds_up for chain in self._chains(adapter_names))
+
     def _chains(self, adapter_names: Iterable[str]) -> list[Chain]:
         return [place[0] for place in map(self.chain_of, adapter_names) if place is not None]
 
@@ -354,7 +358,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if not adapter_names:
             return []
         if type(self) is not Linear:
-            return [kept_copy(base_layer)] if self._keeps_base(adapter_names) else []
+            asked_for = len(adapter_names) > 1 and not self._adds_up(adapter_names)
+            return [kept_copy(base_layer)] if asked_for or self._keeps_base(adapter_names) else []
         held = own_weight(base_layer)
         if any(self.chain_of(name) is None for name in adapter_names):  # PEFT writes plain LoRA into the weight itself
             base_layer.weight.data = base_layer.weight.data.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,10 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
 
 
 def own_config(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> ResLoRAConfig:
-    """The config for an adapter of `layers`: a copy, if another one keeps in this one cuts that it would not have."""
+    """The config for an adapter of `layers`: a copy, if another one keeps in this one cuts that it would not have, or
+    if this one will keep ranks in it."""
+    if config.total_step is not None:
+        config = copy.copy(config)
     if not isinstance(config.chain_cuts, FoundCuts):
         return config
     own = replace_cuts(config)

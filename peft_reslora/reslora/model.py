@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from peft_reslora.reslora.blocks.adalora import AdaloraBlock
+from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES, AdaloraBlock
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer, as_reslora_layer
 from peft_reslora.reslora.linked_chain import Chain, planned
@@ -190,6 +190,8 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             own = set() if keep_base_weights else own_memory(self.model)
             weights = {id(layer): own_parameter(layer.get_base_layer(), "weight") for layer in layers.values()}
             in_place = {layer for layer, weight in weights.items() if id(weight) in own}
+            if not all(chain.kind.adds_up for chain in chains):  # such a block asks for the weight from before
+                in_place = set()
             try:
                 for chain in chains:
                     chain.keeps_base_weights, chain.merges_checked, chain.in_place = keep_base_weights, True, in_place
@@ -356,7 +358,10 @@ def _make_room_for_directions(layers: Mapping[str, Any], adapter_name: str, foun
             undo.append(layer.block_of(adapter_name).resize(len(A)))
         ranks["^" + re.escape(name)] = layer.r[adapter_name]
     if config.rank_pattern != ranks:
-        config.rank_pattern = ranks if set(ranks.values()) != {config.init_r} else {}
+        values = [found[name][SINGULAR_VALUES] for name in layers]  # with 'middle', all may keep all directions
+        left = sum(int((E != 0).sum()) for E in values if E is not None)
+        allocated = set(ranks.values()) != {config.init_r} or 0 < left <= config.target_r * len(layers)
+        config.rank_pattern = ranks if allocated else {}
     for chain in chains:
         chain.allocation = None
 

@@ -49,7 +49,7 @@ class RankAllocation:
         # By layer `(r,)`: which directions have a rank, once that is final, as in an adapter that was loaded so.
         self.kept: dict[str, torch.Tensor] | None = None
         if config.rank_pattern:
-            self.kept = {name: block.singular_values.detach().flatten() != 0 for name, block in blocks.items()}
+            self.kept = _nonzero(blocks)
         self._allocator: RankAllocator | None = None
         self._steps_missed = 0
         self._went_back = False  # since the last step that was seen
@@ -64,6 +64,11 @@ class RankAllocation:
         self.called = True
         config, view = self.config, _PeftView(list(blocks.values()))
         if self.kept is not None:
+            if not any(mask.any() for mask in self.kept.values()):
+                raise RuntimeError(
+                    "The config's rank_pattern says that AdaLoRA's ranks are allocated, but no adapter that has them "
+                    "was loaded. Load it, or set config.rank_pattern = {} to train a new adapter with this config."
+                )
             for name, block in blocks.items():
                 E = block.singular_values.detach()
                 E.masked_fill_(~self.kept[name].to(E.device)[:, None], 0.0)
@@ -131,7 +136,13 @@ class _PeftView:
                 yield f"{n}.{name}.{_NAME}", _with_gradient(parameter)
 
     def has_gradients(self) -> bool:
-        return any(block.singular_values.grad is not None for block in self._blocks)
+        grads = [block.singular_values.grad for block in self._blocks]
+        return any(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def _nonzero(blocks: Mapping[str, AdaloraBlock]) -> dict[str, torch.Tensor]:
+    """By layer `(r,)`: which directions have an E that is not zero."""
+    return {name: block.singular_values.detach().flatten() != 0 for name, block in blocks.items()}
 
 
 def _with_gradient(parameter: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peft_reslora.shared.checkpoints import canonical
-from peft_reslora.shared.host import forward_hooks, remove_hooks
+from peft_reslora.shared.host import forward_hooks, is_compiled, remove_hooks
 from peft_reslora.shared.stamps import StampedLayer
 from peft_reslora.shared.targets import is_routed
 
@@ -40,6 +40,9 @@ def after_pass(model: nn.Module) -> None:
 def name_uncalled(model: nn.Module, args: Any = None, output: Any = None) -> None:
     """Warn of layers whose adapters are to be trained and were not called; a forward hook, until it has looked."""
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    if any(map(is_compiled, model.modules())):  # compiled code tells nobody what it calls
+        stop_watching(model)
         return
     called: dict[str, list[str]] = {}
     uncalled: dict[str, list[str]] = {}

@@ -128,6 +128,11 @@ def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module run compiled code: by `module.compile()`, or by a wrapper. torch 2.6 to 2.13."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The forward hooks on a module. torch 2.6 to 2.13."""
     return list(module._forward_hooks.values())

@@ -690,9 +690,11 @@ def test_fields_and_defaults_are_those_of_peft():
     assert ours.r == 12
 
 
-def test_the_config_of_a_finished_training_begins_no_other(base, x):
+def test_ranks_of_a_finished_training_begin_no_other(base, x):
     config = config_of(**schedule())
-    allocate(get_peft_model(copy.deepcopy(base), config), x)
+    model = allocate(get_peft_model(copy.deepcopy(base), config), x)
+    assert config.rank_pattern == {}  # the adapter has a config of its own
+    config.rank_pattern = model.peft_config["default"].rank_pattern
     fresh = copy.deepcopy(base)
     with pytest.raises(ValueError, match=r"rank_pattern=.*still to be allocated.*config\.rank_pattern = \{\}"):
         get_peft_model(fresh, config)
@@ -728,3 +730,62 @@ def test_compiled_it_is_the_same(base, x):
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
     assert relative_error(compiled(x).logits, model(x).logits) < FLOAT64
     torch._dynamo.reset()
+
+
+def trained_by_hand(model: nn.Module, x: torch.Tensor, steps: int = 8) -> nn.Module:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, steps + 1):
+        model(x, labels=x).loss.backward()
+        optimizer.step()
+        update_and_allocate(model, step)
+        optimizer.zero_grad()
+    return model
+
+
+def short(**changes) -> ResLoRAConfig:
+    return config_of(**{"total_step": 8, "tinit": 0, "tfinal": 3, **changes})
+
+
+def test_a_config_that_is_used_twice_trains_both_adapters(base, x):
+    config = short()
+    first, second = (get_peft_model(copy.deepcopy(base), config) for _ in range(2))
+    for model in (first, second):
+        assert any(E.any() for name, E in trained(trained_by_hand(model, x)).items() if "lora_E" in name)
+    assert config.rank_pattern == {}
+    first.add_adapter("again", config)
+    first.set_adapter("again")
+    trained_by_hand(first, x)
+    assert any(E.any() for name, E in trained(first).items() if "lora_E.again" in name)
+
+
+def test_a_new_adapter_with_the_config_of_a_saved_one_is_refused(base, x, tmp_path):
+    trained_by_hand(get_peft_model(copy.deepcopy(base), short()), x).save_pretrained(tmp_path)
+    config = ResLoRAConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(copy.deepcopy(base), config)
+    with pytest.raises(RuntimeError, match="no adapter that has them was loaded"):
+        trained_by_hand(model, x)
+
+
+@pytest.mark.parametrize("saved", [5, 6, 7])
+def test_a_run_with_middle_is_resumed_after_its_ranks_were_allocated(base, tmp_path, saved):
+    def start() -> nn.Module:
+        return get_peft_model(copy.deepcopy(base), config_of("middle", total_step=8, tinit=0, tfinal=3))
+
+    trainer = trainer_of(
+        start(), tmp_path, [RankAllocationCallback()], save_strategy="steps", save_steps=1, max_steps=8
+    )
+    trainer.train()
+    resumed = trainer_of(start(), tmp_path / "resumed", [RankAllocationCallback()], max_steps=8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    assert resumed.state.global_step == 8
+    assert _count(resumed.model) <= 2 * 8
+
+
+def test_gradients_that_were_set_to_zero_are_none(base, x):
+    model = get_peft_model(copy.deepcopy(base), short())
+    model(x, labels=x).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
+    with pytest.raises(RuntimeError, match=r"found no gradients.*before optimizer\.zero_grad"):
+        update_and_allocate(model, 1)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
 from helpers.tolerances import FLOAT64, MODEL64, half_rounding
@@ -218,3 +219,45 @@ def test_compiled_it_is_the_same(base, x):
     found, expected = compiled(x), model(x)
     assert relative_error(found, expected) < FLOAT64
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_active_adapters_merge_as_they_compute(base, x, kinds, safe_merge):
+    first, second = kinds
+    model = adapted(base, use_dora=first)
+    model.add_adapter("b", config_of(target_modules=["down"], use_dora=second))
+    for name, parameter in model.named_parameters():
+        if ".b" in name:
+            parameter.data = parameter.data * 1.1 if "magnitude" in name else torch.randn_like(parameter) * 0.3
+    model.base_model.set_adapter(["default", "b"])
+    model.eval()
+    expected = model(x)
+    weights = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    model.merge_adapter(safe_merge=safe_merge)
+    assert relative_error(model(x), expected) < FLOAT64
+    model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if "base_layer" in n)
+    assert relative_error(model.merge_and_unload(safe_merge=safe_merge)(x), expected) < FLOAT64
+
+
+def test_a_row_of_zeros_stays_one(base, x):
+    with torch.no_grad():
+        base.layers[1].up.weight[2] = 0
+    model = get_peft_model(copy.deepcopy(base), config_of())
+    assert relative_error(model(x), base(x)) < FLOAT64
+    model(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_in_half_precision_a_new_adapter_changes_nothing(base, x):
+    half = base.to(torch.bfloat16)
+    model = get_peft_model(copy.deepcopy(half), config_of())
+    assert relative_error(model(x.bfloat16()), half(x.bfloat16())) < half_rounding(1, torch.bfloat16)
+
+
+def test_an_offloaded_model_computes_the_same(base, x):
+    model = adapted(base).eval()
+    expected = model(x).detach()
+    with torch.no_grad():
+        assert relative_error(cpu_offload(copy.deepcopy(model), torch.device("cpu"))(x), expected) < FLOAT64
