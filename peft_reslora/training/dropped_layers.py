@@ -66,7 +66,7 @@ class DroppedLayers(TrainerCallback):
         if args.torch_compile:
             raise ValueError("torch_compile=True would compile the model anew for each draw of layers; leave it off.")
         self.on_train_end(args, state, control)
-        self._gates = LayerGates(kwargs["model"], self.adapter_name)
+        self._gates = LayerGates(kwargs["model"], self.adapter_name, in_training_only=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._gates is not None:
@@ -107,15 +107,19 @@ def draw_active(number: int, probability: float, seed: int, step: int) -> list[b
 class _Gate:
     """One layer: whether it adds its update, and while it runs what its base layer has computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_training_only: bool) -> None:
         self.active = True
+        self.in_training_only = in_training_only
         self.base: dict[int, torch.Tensor] = {}  # by thread, since replicas of the layer may share the gate
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "base": {}}
+        return {**self.__dict__, "base": {}}
+
+    def _closes(self, module: nn.Module) -> bool:
+        return not self.active and (module.training or not self.in_training_only)
 
     def keep_base(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if not self.active:  # in the place of one that a recomputation has left, which ends before the layer does
+        if self._closes(module):  # in the place of one that a recomputation has left, which ends before the layer does
             self.base[threading.get_ident()] = output
 
     def choose(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -124,9 +128,9 @@ class _Gate:
         The update stays in the graph, with a gradient of zero: what later layers took reaches a layer that is
         checkpointed re-entrantly in the backward of its own update, and DDP waits for all parameters.
         """
-        if self.active:
+        base = self.base.pop(threading.get_ident(), None)
+        if base is None:
             return None
-        base = self.base.pop(threading.get_ident())
         return torch.where(torch.zeros((), dtype=torch.bool, device=base.device), output, base)
 
 
@@ -138,12 +142,13 @@ class LayerGates:
     Args:
         model: holds the adapter, active and not merged.
         adapter_name: which one.
+        in_training_only: leave the model whole in evaluation mode, also where a step broke off.
 
     Raises:
         ValueError: if no layer has it, another adapter is active too, or it is merged.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
+    def __init__(self, model: nn.Module, adapter_name: str = "default", *, in_training_only: bool = False) -> None:
         layers = {
             bare_name(name, model): module
             for name, module in model.named_modules()
@@ -160,7 +165,7 @@ class LayerGates:
                 )
         self.names = list(layers)
         self._layers: list[Any] = list(layers.values())
-        self._gates = [_Gate() for _ in layers]
+        self._gates = [_Gate(in_training_only) for _ in layers]
         self._handles: list[RemovableHandle] = []
         for layer, gate in zip(layers.values(), self._gates, strict=True):
             module: Any = layer

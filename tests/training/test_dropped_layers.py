@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.gradients import assert_gradients_close
-from helpers.oracle import chains_by_block, factors_of, randomize_adapters
+from helpers.oracle import chains_by_block, factors_of, randomize_adapters, relative_error
 from helpers.tiny_models import TINY_MODELS, llama
 from helpers.tolerances import FLOAT64, MODEL64
 from peft import LoraConfig, get_peft_model
@@ -241,3 +241,16 @@ def test_what_cannot_be_dropped_is_refused(tmp_path: Path) -> None:
     settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", torch_compile=True)
     with pytest.raises(ValueError, match="torch_compile=True"):
         DroppedLayers().on_train_begin(settings, None, None, model=model)
+
+
+def test_a_step_that_breaks_off_leaves_the_model_whole_in_evaluation() -> None:
+    """An exception in the middle of a step: Trainer then calls nothing any more."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = randomize_adapters(get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"])))
+    x = torch.randn(3, 4)
+    expected = model.eval()(x)
+    gates = LayerGates(model, in_training_only=True)
+    gates.set([False, True])
+    assert relative_error(model.train()(x), expected) > 1e-3
+    assert torch.equal(model.eval()(x), expected)
+    gates.remove()
