@@ -1,7 +1,7 @@
 """What pruning the adapters of half of the layers costs, after training with and without dropped layers.
 
     python benchmarks/dropped_layers.py --data DATA            # one core, about 2 minutes
-    python benchmarks/dropped_layers.py --data DATA --quick    # to see that it runs
+    python benchmarks/dropped_layers.py --quick                # to see that it runs, on made-up data
 
 DATA holds gsm8k/train.jsonl and svamp/svamp.jsonl. A small Llama on bytes, of 8 blocks and hidden size 64, is trained
 on GSM8K's text; adapters on all of its 56 linear layers are trained on SVAMP's, the same batches with and without
@@ -9,20 +9,21 @@ dropping. Accuracy of the next byte on other rows, in %: with all adapters; with
 their definition in `training/dropped_layers.py` (their updates are not added; under shortcuts they hand on); and with
 the factors of these layers set to zero, as a smaller file has it, which takes them from later layers, too. Of the
 halves: every second layer from the first and from the second, and the first and the last half; the mean and the worst.
-Writes a JSON line per adapter to OUT.jsonl, and OUT.md.
+Writes a JSON line per adapter to OUT.jsonl, and OUT.md; --json as well, as all benchmarks do.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from merge_fidelity import BATCH, RANK, Batch, Task, fit, predictions
+from common import RESULTS, new_parser, parse, write_json
+from merge_fidelity import BATCH, RANK, Batch, Task, fit, make_up_data, predictions
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -56,7 +57,8 @@ def small_task(data: Path, steps: int, length: int = 64) -> Task:
 
     for _ in fit(base, sample(rows[0], steps, 0), 3e-3):
         pass
-    train, dev = rows[1][256:], rows[1][:256]
+    held_out = min(256, len(rows[1]) // 2)
+    train, dev = rows[1][held_out:], rows[1][:held_out]
     dev_batches = [{"input_ids": part, "labels": part} for part in dev.split(64)]
     return Task(base, "all-linear", lambda n, seed: sample(train, n, seed), [], dev_batches)
 
@@ -119,7 +121,7 @@ def table(records: list[dict[str, Any]], base: float) -> str:
     ]
     for variant in VARIANTS:
         for dropping in (False, True):
-            runs = [r for r in records if (r["variant"], r["dropping"]) == (variant, dropping)]
+            runs = [r for r in records if (r["method"], r["dropping"]) == (variant, dropping)]
             if not runs:
                 continue
             cells = [statistics.fmean(r["all"] for r in runs)]
@@ -135,35 +137,36 @@ def table(records: list[dict[str, Any]], base: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser = new_parser(__doc__)
+    parser.add_argument("--data", type=Path, help="folder of the texts; with --quick not needed")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="10 steps, 64 rows and LoRA alone; writes nothing")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/dropped_layers")
-    args = parser.parse_args()
-    if args.quick:
-        args.steps, args.variants = 10, ["LoRA"]
-
+    parser.add_argument("--base-steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=RESULTS / "dropped_layers", help="with --quick none")
+    args = parse(parser, {"steps": 4, "variants": ["LoRA"], "base_steps": 4, "out": None})
+    if args.data is None and not args.quick:
+        parser.error("--data is needed, unless --quick is given")
     torch.set_num_threads(1)
-    task = small_task(args.data, steps=20 if args.quick else 400)
-    if args.quick:
-        del task.dev[1:]
+    with tempfile.TemporaryDirectory() as scratch:
+        if (data := args.data) is None:
+            make_up_data(data := Path(scratch) / "made_up")
+        task = small_task(data, args.base_steps)
     base = accuracy(task.base, task)
     records: list[dict[str, Any]] = []
     for seed in args.seeds:
         for variant in args.variants:
             for dropping in (False, True):
-                record = {"variant": variant, "dropping": dropping, "seed": seed, "steps": args.steps}
+                record = {"method": variant, "dropping": dropping, "seed": seed, "steps": args.steps}
                 record |= run(task, variant, dropping, args.steps, seed)
                 records.append(record)
                 print(json.dumps(record), flush=True)
-                if not args.quick:
+                if args.out is not None:
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     args.out.with_suffix(".jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
                     args.out.with_suffix(".md").write_text(table(records, base), encoding="utf-8")
     print(table(records, base))
+    write_json(args, records)
 
 
 if __name__ == "__main__":
