@@ -20,7 +20,12 @@ def add_parser(commands: Commands) -> ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that comes with the package")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace a value, as training.max_steps=10")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained; nothing is downloaded")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be trained; nothing is trained and no weights are loaded (the Hub may be asked for the "
+        "base's config)",
+    )
     return parser
 
 

@@ -13,7 +13,7 @@ from peft_reslora.shared.text import code, printable, prose
 
 def run_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], task: Task) -> str:
     """What was trained on what, how well it does before and after the merge, and how to load it."""
-    base = settings["base"]["name"] or settings["base"]["config"]
+    base = settings["base"].get("name") or settings["base"]["config"]
     lines = [
         "---",
         "library_name: peft",
@@ -47,9 +47,9 @@ def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
     lines = ["| split | metric | before the merge | after the merge |", "| --- | --- | --- | --- |"]
     for split, found in metrics["before_merge"].items():
         for name, value in found.items():
-            merged = metrics["after_merge"][split]
+            merged = metrics["after_merge"].get(split, {})
             after = ", ".join(f"{kinds[name]:.2f} ({estimator})" for estimator, kinds in merged.items())
-            lines.append(f"| {split} | {name} | {value:.2f} | {after} |")
+            lines.append(f"| {split} | {name} | {value:.2f} | {after or '-'} |")
     return lines
 
 

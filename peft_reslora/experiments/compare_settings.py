@@ -95,7 +95,8 @@ def _check_protocol(config: ConfigFile, settings: CompareSettings) -> None:
         raise ValueError(f"{config.place(('reference',))}: reference={settings.reference!r} is none of {known}.")
     if "learning_rate" in settings.training:
         raise ValueError(f"{config.place(('training', 'learning_rate'))}: the comparison sets it; see rates.")
-    if len(set(settings.seeds)) < 3 or settings.search_seed in settings.seeds:
+    seeds = set(settings.seeds)
+    if len(seeds) < 3 or len(seeds) < len(settings.seeds) or settings.search_seed in seeds:
         raise ValueError(
             f"{config.place(('seeds',))}: seeds={settings.seeds} must be at least three, all different, and without "
             f"search_seed={settings.search_seed}, so that no run is chosen by its own luck."
@@ -107,7 +108,11 @@ def _check_protocol(config: ConfigFile, settings: CompareSettings) -> None:
 
 
 def _has_validation(data: DataSettings) -> bool:
-    return data.validation_rows is not None or "validation" in data.files
+    if data.validation_rows is not None:
+        return True
+    if data.folder or data.hub is None:
+        return "validation" in data.files
+    return data.hub.validation is not None
 
 
 def as_train_settings(settings: CompareSettings) -> TrainSettings:

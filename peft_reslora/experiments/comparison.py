@@ -22,15 +22,26 @@ from peft_reslora.experiments.lines import Line, append_line, read_lines
 from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.rates import best_quarter, nearest_quarter, next_quarters, rate_of
 from peft_reslora.experiments.report import write_report
-from peft_reslora.experiments.run import file_size, measure, save_adapter, write_json, write_whole
+from peft_reslora.experiments.run import (
+    file_size,
+    finite,
+    measure,
+    refuse_several_processes,
+    save_adapter,
+    write_json,
+    write_whole,
+)
+from peft_reslora.experiments.settings import as_config
 from peft_reslora.experiments.summary import MethodSummary, summarize
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
 from peft_reslora.experiments.training import Method, Trained, fit, planned_steps, training_arguments, with_head
+from peft_reslora.experiments.tuners import tuners_with_rank
 from peft_reslora.export import save_as_lora
 
 Say = Callable[[str], None]
-_PROTOCOL = 1
+_PROTOCOL = 2  # 1 did not know which file was which split
+_CONFIG = "config.yaml"
 _PLACE = ("use_cpu", "dataloader_num_workers")  # where and not what is computed
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
 
@@ -62,21 +73,44 @@ def compare(
 
 def prepare(settings: CompareSettings, shard: tuple[int, int], say: Say) -> Comparison:
     """Read the data, load the base, choose the ranks; nothing is trained."""
+    refuse_several_processes("compare")
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    folder = Path(settings.output_dir)
+    _check_folder(folder, settings)
     task = make_task(as_train_settings(settings))
     if "test" not in task.data.splits:
         raise ValueError("data has no test split; name one in data.files or data.hub.")
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     budgets = choose_budgets(task, settings)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, budget in budgets.items():
         equal = "" if budget.equal else f", {100 * (budget.ratio - 1):+.1f} %: NOT EQUAL"
         say(f"{name}: rank {budget.rank}, {budget.parameters:,} parameters{equal}")
     file = "runs.jsonl" if shard[1] == 1 else f"runs-{shard[0]}-of-{shard[1]}.jsonl"
-    write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    write_whole(folder / _CONFIG, yaml.safe_dump(as_config(settings), sort_keys=False))
     write_json(folder / f"{file.removesuffix('.jsonl')}.json", provenance(task.data.checksums))
     return Comparison(settings, task, budgets, folder / file, say)
+
+
+def _check_folder(folder: Path, settings: CompareSettings) -> None:
+    """Refuse to mix two comparisons in one folder, whose report would be the last one's.
+
+    Raises:
+        ValueError: if title, task or data of the settings there are others; the folder of the data does not count.
+    """
+    if not (folder / _CONFIG).is_file():
+        return
+    there = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
+    if _subject(there) != _subject(as_config(settings)):
+        raise ValueError(
+            f"{folder} holds another comparison, {there.get('title')!r} ({_CONFIG} there has another title, task or "
+            "data); give another output_dir, or delete that file to go on with the lines there."
+        )
+
+
+def _subject(values: Mapping[str, Any]) -> list[Any]:
+    data = {name: value for name, value in values["data"].items() if name != "folder"}
+    return [values["title"], values["task"], data]
 
 
 def choose_budgets(task: Task, settings: CompareSettings) -> dict[str, Budget]:
@@ -86,11 +120,26 @@ def choose_budgets(task: Task, settings: CompareSettings) -> dict[str, Budget]:
     budgets = {}
     for name, method in settings.methods.items():
         if settings.match_parameters:
+            _check_rank(name, method.tuner["peft_type"])
             budgets[name] = match_budget(base, method.tuner, wanted)
         else:
             count = count_parameters(base, method.tuner)
             budgets[name] = Budget(dict(method.tuner), int(method.tuner.get("r", 0)), count, count / wanted)
     return budgets
+
+
+def _check_rank(name: str, peft_type: str) -> None:
+    """Refuse a tuner whose number of parameters no rank sets.
+
+    Raises:
+        ValueError: naming the method, and the tuners that have a rank.
+    """
+    ranked = tuners_with_rank()
+    if peft_type not in ranked:
+        raise ValueError(
+            f"methods.{name}: {peft_type} has no rank, so that it cannot have as many parameters as the reference. "
+            f"Set match_parameters=false, or take one of {', '.join(ranked)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -112,9 +161,13 @@ class Comparison:
         return self.report()
 
     def lines(self) -> list[Line]:
-        """Those of this comparison: of these methods, with these settings and these data."""
-        identities = {fingerprint(self._identity(name)) for name in self.settings.methods}
-        return [line for line in read_lines(self.path.parent) if line["identity"] in identities]
+        """Those that `run` would find done with these settings, and no others that lie in the folder."""
+        there = {line["key"]: line for line in read_lines(self.path.parent)}
+        return [
+            line
+            for name in self.settings.methods
+            for line in self._protocol(name, lambda kind, name, k, seed: there.get(self._key(kind, name, k, seed)))
+        ]
 
     def report(self) -> list[MethodSummary]:
         """Write table, plots and REPORT.md from the lines there are."""
@@ -125,24 +178,36 @@ class Comparison:
 
     def run_method(self, name: str) -> None:
         """Its cost, its search for a rate, its runs at the best one; each only if its line is not there."""
-        self._once("cost", name, 0, 0, self._cost)
-        scores: dict[int, float] = {}
-        low, high = (nearest_quarter(rate) for rate in (self.settings.rates.lowest, self.settings.rates.highest))
-        while quarters := next_quarters(scores, low, high):
-            for k in quarters:
-                line = self._once("search", name, k, self.settings.search_seed, self._search)
-                scores[k] = math.nan if line["validation"] is None else line["validation"]
-        for seed in self.settings.seeds:
-            self._once("report", name, best_quarter(scores), seed, self._report)
+        self._protocol(name, self._once)
 
-    def _once(
-        self, kind: str, name: str, k: int, seed: int, make: Callable[[str, int, int], dict[str, Any]]
-    ) -> dict[str, Any]:
-        identity = fingerprint(self._identity(name))
-        key = fingerprint([kind, identity, k, seed])
-        if found := next((line for line in self.lines() if line["key"] == key), None):
+    def _protocol(self, name: str, get: Callable[[str, str, int, int], Line | None]) -> list[Line]:
+        """The lines of a method, as far as `get` gives them; without a whole search there is no best rate."""
+        settings = self.settings
+        lines = [get("cost", name, 0, 0)]
+        scores: dict[int, float] = {}
+        low, high = (nearest_quarter(rate) for rate in (settings.rates.lowest, settings.rates.highest))
+        while quarters := next_quarters(scores, low, high):
+            searched = [get("search", name, k, settings.search_seed) for k in quarters]
+            lines += searched
+            if None in searched:
+                break
+            for k, line in zip(quarters, searched, strict=True):
+                scores[k] = math.nan if line is None or line["validation"] is None else line["validation"]
+        else:
+            lines += [get("report", name, best_quarter(scores), seed) for seed in settings.seeds]
+        return [line for line in lines if line is not None]
+
+    def _key(self, kind: str, name: str, k: int, seed: int) -> str:
+        """What a line is found by; a cost is relative to the reference, so its tuner counts there."""
+        reference = [self.budgets[self.settings.reference].tuner] if kind == "cost" else []
+        return fingerprint([kind, self._identity(name), k, seed, *reference])
+
+    def _once(self, kind: str, name: str, k: int, seed: int) -> Line:
+        key = self._key(kind, name, k, seed)
+        if found := next((line for line in read_lines(self.path.parent) if line["key"] == key), None):
             return found
-        line: Line = {"key": key, "identity": identity, "kind": kind, "method": name, "seed": seed}
+        make = {"cost": self._cost, "search": self._search, "report": self._report}[kind]
+        line: Line = {"key": key, "identity": self._identity(name), "kind": kind, "method": name, "seed": seed}
         line |= {"rate": rate_of(k), "quarter": k, "device": device_name()}
         line |= finite(make(name, k, seed))
         append_line(self.path, line)
@@ -151,9 +216,8 @@ class Comparison:
         self.say(f"{kind} {name}{run}: {shown}")
         return line
 
-    def _identity(self, name: str) -> Any:
-        budget = self.budgets[name]
-        return run_identity(self.settings, name, budget.tuner, self.task)
+    def _identity(self, name: str) -> str:
+        return fingerprint(run_identity(self.settings, name, self.budgets[name].tuner, self.task))
 
     def _cost(self, name: str, k: int, seed: int) -> dict[str, Any]:
         own, reference = (
@@ -165,9 +229,8 @@ class Comparison:
     def _search(self, name: str, k: int, seed: int) -> dict[str, Any]:
         trained = self._fit(name, k, seed)
         metrics = self.task.evaluate(trained.model, "validation")
-        diverged = not math.isfinite(trained.losses[-1][1])
         return {
-            "validation": math.nan if diverged else metrics[self.task.metric],
+            "validation": math.nan if trained.diverged else metrics[self.task.metric],
             "metrics": metrics,
             "losses": [round(loss, 5) for _, loss in trained.losses],
             "train_seconds": round(trained.seconds, 2),
@@ -179,9 +242,9 @@ class Comparison:
         return {
             **found,
             "validation": found["before_merge"]["validation"][self.task.metric],
-            "test": found["before_merge"]["test"][self.task.metric],
-            "merged": {n: m[self.task.metric] for n, m in found["after_merge"]["test"].items()},
-            **saved_sizes(trained),
+            "test": math.nan if trained.diverged else found["before_merge"]["test"][self.task.metric],
+            "merged": {n: m[self.task.metric] for n, m in found["after_merge"].get("test", {}).items()},
+            **({} if trained.diverged else saved_sizes(trained)),
         }
 
     def _fit(self, name: str, k: int, seed: int) -> Trained:
@@ -195,6 +258,8 @@ class Comparison:
 def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any], task: Task) -> list[Any]:
     """Everything that decides a run's numbers but rate and seed: the data by their checksums, not by their place.
 
+    The checksums go by split, and columns of the Hub count under the names they get.
+
     Only what differs from the defaults counts, so that a setting that is added later leaves the lines valid. When the
     meaning of a line changes, `_PROTOCOL` does.
     """
@@ -203,9 +268,10 @@ def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any],
     pretrained = Path(str(task.base.name_or_path)).name if settings.base.pretrain else None  # named by its content
     method = [name, dict(tuner), settings.methods[name].loraplus_lr_ratio]
     sizes = [settings.calibration_rows, settings.cost_pairs]
-    checksums = sorted(task.data.checksums.values())
+    hub = None if settings.data.folder else settings.data.hub
+    read = [task.data.checksums, hub.rename if hub else {}]
     training = {key: value for key, value in settings.training.items() if key not in _PLACE}
-    made_of = [settings.task, task.metric, chosen(base), pretrained, chosen(data), checksums]
+    made_of = [settings.task, task.metric, chosen(base), pretrained, chosen(data), *read]
     return [_PROTOCOL, *made_of, training, sizes, method]
 
 
@@ -234,12 +300,3 @@ def saved_sizes(trained: Trained) -> dict[str, int | None]:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def finite(value: Any) -> Any:
-    """The value with None for nan and infinity, which JSON has not."""
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -60,6 +60,8 @@ class ConfigFile:
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
     """Read a YAML file and put `section.key=value` overrides, whose values are YAML too, into it.
 
+    Without an `output_dir` of its own, it gets the name of the file.
+
     Raises:
         ValueError: if the file is missing, no YAML or no mapping, or an override has no `=`.
     """
@@ -75,6 +77,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {shown(values)}, expected a mapping of keys to values.")
     places = dict(_places(node, path.name))
+    values = {"output_dir": path.stem, **values}  # two files do not share a folder unless they say so
     return _overridden(ConfigFile(values, places), overrides)
 
 
@@ -106,8 +109,10 @@ def _overridden(config: ConfigFile, overrides: Sequence[str]) -> ConfigFile:
         *sections, last = key = tuple(name.split("."))
         inner = values
         for depth, section in enumerate(sections, start=1):
-            if not isinstance(inner.get(section), dict):
-                inner[section] = {}  # a section that is unknown is refused when the settings are built
+            if not isinstance(held := inner.get(section), dict):
+                # `base: minilm` stays what it is; a section that is unknown is refused when the settings are built
+                is_base = key[:depth] == ("base",) and isinstance(held, str)
+                inner[section] = {"name": held} if is_base else {}
                 places[key[:depth]] = f"override {override}"
             inner = inner[section]
         inner[last] = yaml.load(text, Loader=_Loader)

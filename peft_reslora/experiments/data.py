@@ -32,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """All splits, and the checksum of every file (of the Hub: the fingerprint of every split)."""
+    """All splits, and by split the checksum of the file it was read from (of the Hub: its fingerprint)."""
 
     splits: dict[str, Split]
     checksums: dict[str, str]
@@ -79,7 +79,7 @@ def _read_files(settings: DataSettings) -> tuple[dict[str, Split], dict[str, str
     folder = Path(settings.folder or ".").expanduser()
     paths = {name: folder / file for name, file in settings.files.items()}
     splits = {name: number_rows(str(path), read_file(path)) for name, path in paths.items()}
-    return splits, {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
+    return splits, {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
 
 def number_rows(source: str, rows: list[Row]) -> Split:
@@ -118,7 +118,8 @@ def _read_csv(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines, which also ends a line at signs such as U+2028, which JSON may hold within a string.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -146,7 +147,7 @@ def _read_hub(settings: DataSettings) -> tuple[dict[str, Split], dict[str, str]]
         if split is not None:
             rows = load_dataset(hub.name, hub.config, split=split)
             source = f"{hub.name}{'/' + hub.config if hub.config else ''}:{split}"
-            checksums[source] = fingerprint_of(rows)
+            checksums[name] = fingerprint_of(rows)
             splits[name] = number_rows(source, list(rows.rename_columns(hub.rename) if hub.rename else rows))
     return splits, checksums
 

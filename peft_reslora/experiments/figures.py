@@ -75,7 +75,8 @@ def plot_rates(summaries: Sequence[MethodSummary], reference: str, path: Path, t
 
 def _draw_rates(axes: Any, summary: MethodSummary, color: str) -> None:
     points = sorted((rate, score) for rate, score in summary.scores.items() if score is not None)
-    axes.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1.2, label=summary.name)
+    rates, scores = [rate for rate, _ in points], [score for _, score in points]
+    axes.plot(rates, scores, color=color, marker=".", linewidth=1.2, label=summary.name)
     chosen = [(rate, score) for rate, score in points if rate == summary.rate]
     axes.plot(*(zip(*chosen, strict=True) if chosen else ([], [])), "o", mfc="none", mec=color, markersize=10)
 

@@ -31,16 +31,18 @@ def read_lines(folder: Path) -> list[Line]:
     """The lines of all `runs*.jsonl` of a folder, those of several shards joined; of one key the first counts.
 
     Raises:
-        ValueError: naming file and line of what is no JSON, unless it is the last line, which was not finished.
+        ValueError: naming file and line of what is no JSON object with a key, unless it is the last line and has no
+            line end: it was not finished.
     """
     found: dict[str, Line] = {}
     for path in sorted(folder.glob("runs*.jsonl")):
-        *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
-        del unfinished
-        for number, text in enumerate(lines, start=1):
+        finished = path.read_bytes().split(b"\n")[:-1]  # bytes: half a line may end within a character
+        for number, text in enumerate(finished, start=1):
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error.msg}.") from error
+                line = json.loads(text.decode())
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
+            if not isinstance(line, dict) or "key" not in line:
+                raise ValueError(f"{path}, line {number} has no key; it is no line of a comparison. Remove it.")
             found.setdefault(line["key"], line)
     return list(found.values())

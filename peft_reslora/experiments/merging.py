@@ -14,6 +14,11 @@ from peft_reslora.reslora import calibrate_merge
 Metrics = dict[str, float]
 
 
+def can_merge(model: PeftModel) -> bool:
+    """Whether the tuner goes into the base's weights; prompts and prefixes do not."""
+    return hasattr(model.base_model, "merge_and_unload")
+
+
 def estimates_shortcuts(model: PeftModel) -> bool:
     """Whether the merge is an estimate: ResLoRA's input and middle."""
     return getattr(model.peft_config["default"], "shortcut", "block") in ("input", "middle")
@@ -22,7 +27,7 @@ def estimates_shortcuts(model: PeftModel) -> bool:
 def merged_metrics(
     task: Task, model: PeftModel, splits: Sequence[str], calibration_rows: int = 0
 ) -> dict[str, dict[str, Metrics]]:
-    """Metrics after the merge, by split and estimator; `exact` where the merge needs none.
+    """Metrics after the merge, by split and estimator; `exact` where the merge needs none, empty without a merge.
 
     With `calibration_rows`, adapters whose merge is an estimate are calibrated, and stay so.
     """
@@ -33,6 +38,8 @@ def merged_metrics(
         for split in splits:
             found[split][estimator] = task.evaluate(merged, split)
 
+    if not can_merge(model):
+        return {}
     if not estimates_shortcuts(model):
         merge_as("exact")
         return found

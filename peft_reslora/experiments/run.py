@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import yaml
 
 from peft_reslora.experiments.card import run_card
 from peft_reslora.experiments.config_file import from_mapping, read_config
-from peft_reslora.experiments.merging import merged_metrics
+from peft_reslora.experiments.merging import can_merge, merged_metrics
 from peft_reslora.experiments.provenance import fingerprint, provenance
-from peft_reslora.experiments.settings import TrainSettings, train_settings
+from peft_reslora.experiments.settings import TrainSettings, as_config, train_settings
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
 from peft_reslora.experiments.training import (
@@ -61,23 +63,34 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         ValueError: under a launcher with several processes, which would write one folder at the same time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "peft-reslora train runs in one process so far; start it without accelerate launch or torchrun."
-        )
+    refuse_several_processes("train")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)
     _check_folder(folder, settings)
     task = make_task(settings)
+    checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS)
+    _check_resume(folder, settings, task.data.checksums, checkpoint)
     arguments = training_arguments(
         {**_SAVING, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
     )
     _start(folder, settings, task)
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train))
-    trained = fit(task, method, arguments, steps, resume=last_complete_checkpoint(folder / _CHECKPOINTS))
+    trained = fit(task, method, arguments, steps, resume=checkpoint)
     return _finish(folder, settings, task, trained)
+
+
+def refuse_several_processes(command: str) -> None:
+    """Refuse a launcher's processes, which would write one folder at the same time.
+
+    Raises:
+        ValueError: if there is more than one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"peft-reslora {command} runs in one process so far; start it without accelerate launch or torchrun."
+        )
 
 
 def resolved(settings: TrainSettings) -> dict[str, Any]:
@@ -102,9 +115,27 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
         raise ValueError(f"{folder} holds this run, finished ({METRICS}); give another output_dir or delete it.")
 
 
+def _check_resume(
+    folder: Path, settings: TrainSettings, checksums: Mapping[str, str], checkpoint: Path | None
+) -> None:
+    """Refuse to go on where the numbers would not be those of an uninterrupted run."""
+    if (folder / RUN).is_file():
+        started = json.loads((folder / RUN).read_text(encoding="utf-8"))["data_sha256"]
+        if changed := sorted(name for name in {*started, *checksums} if started.get(name) != checksums.get(name)):
+            raise ValueError(
+                f"{folder} holds a run on other data: {', '.join(changed)} changed since it began ({RUN} there); give "
+                "another output_dir."
+            )
+    if checkpoint is not None and settings.tuner["peft_type"] == "ADALORA":
+        raise ValueError(
+            f"{folder} holds a run of AdaLoRA that was stopped. It cannot go on: PEFT's checkpoints have neither the "
+            "importance of its ranks nor the shapes after pruning. Start the run in a new folder (output_dir=DIR)."
+        )
+
+
 def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(as_config(settings), sort_keys=False, allow_unicode=True)
     write_whole(folder / CONFIG, text)
     write_json(folder / RUN, {"identity": _identity(settings), **provenance(task.data.checksums)})
 
@@ -112,28 +143,34 @@ def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
 def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:
     splits = [name for name in task.data.splits if name != "train"]
     metrics = measure(task, trained, settings.calibration_rows, splits)
+    if trained.diverged:
+        warnings.warn(
+            f"The training diverged: the loss of its last step is {trained.losses[-1][1]}. Nothing that was measured "
+            "means anything; lower training.learning_rate and give another output_dir.",
+            stacklevel=2,
+        )
     if settings.base.head == "fit":
         task.fresh_model().save_pretrained(str(folder / BASE))  # type: ignore[operator]
     save_adapter(trained, folder / ADAPTER)
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(folder / ADAPTER)
     metrics["export"] = _export(folder, trained) if settings.export else None
-    if settings.merge:
+    if settings.merge and can_merge(trained.model):
         trained.model.merge_and_unload().save_pretrained(str(folder / MERGED))
     metrics["bytes"] = {name: file_size(folder / name) for name in (ADAPTER, LORA) if (folder / name).exists()}
-    write_whole(folder / "README.md", run_card(resolved(settings), metrics, task))
+    write_whole(folder / "README.md", run_card(as_config(settings), metrics, task))
     write_json(folder / METRICS, metrics)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return metrics
 
 
 def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequence[str]) -> dict[str, Any]:
-    """Everything that is measured on a trained model, JSON values only; after the merge on the splits `merged`."""
+    """Everything that is measured on a trained model; after the merge on the splits `merged`, if it can be merged."""
     splits = [name for name in task.data.splits if name != "train"]
     return {
         "metric": task.metric,
         "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
-        "after_merge": merged_metrics(task, trained.model, merged, calibration_rows),
+        "after_merge": {} if trained.diverged else merged_metrics(task, trained.model, merged, calibration_rows),
         "forgetting": task.forgetting(trained.model) if task.forgetting else None,
         "losses": [round(loss, 6) for _, loss in trained.losses],
         "steps": trained.steps,
@@ -148,9 +185,10 @@ def result_lines(settings: TrainSettings, metrics: Mapping[str, Any]) -> list[st
     for split, found in metrics["before_merge"].items():
         values = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
         merged = "; ".join(
-            f"{estimator} {kinds[metrics['metric']]:.2f}" for estimator, kinds in metrics["after_merge"][split].items()
+            f"{estimator} {kinds[metrics['metric']]:.2f}"
+            for estimator, kinds in metrics["after_merge"].get(split, {}).items()
         )
-        lines.append(f"{split}: {values}; {metrics['metric']} after the merge: {merged}")
+        lines.append(f"{split}: {values}; {metrics['metric']} after the merge: {merged or 'none'}")
     if metrics["export"] and "refused" in metrics["export"]:
         lines.append(f"no LoRA export: {metrics['export']['refused']}")
     return [*lines, f"everything is in {settings.output_dir}"]
@@ -158,6 +196,8 @@ def result_lines(settings: TrainSettings, metrics: Mapping[str, Any]) -> list[st
 
 def _export(folder: Path, trained: Trained) -> dict[str, Any]:
     """Write the LoRA export; where there is none without a rank (MoRA rotation), say so."""
+    if trained.diverged:
+        return {"refused": "the training diverged"}
     try:
         export = save_as_lora(folder / LORA, trained.model)
     except (ValueError, NotImplementedError) as error:
@@ -176,7 +216,16 @@ def file_size(folder: Path) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for nan and infinity, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, text: str) -> None:

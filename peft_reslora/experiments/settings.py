@@ -115,6 +115,7 @@ _SET_ELSEWHERE = {
     "remove_unused_columns": None,
     "resume_from_checkpoint": None,
 }
+_GROUPED = "group_by_length"  # an argument of its own, or a value of train_sampling_strategy
 
 
 def train_settings(config: ConfigFile) -> TrainSettings:
@@ -149,6 +150,16 @@ def base_values(config: ConfigFile, given: Any) -> dict[str, Any]:
     refuse_unknown_keys(config, ("base",), given, [*_OWN_BASE_KEYS, *known])
     own = {name: value for name, value in given.items() if name in _OWN_BASE_KEYS}
     return {**own, "fields": {name: value for name, value in given.items() if name not in own}}
+
+
+def as_config(settings: Any) -> dict[str, Any]:
+    """All settings with their defaults, as a file that gives the same settings holds them."""
+    values = dataclasses.asdict(settings)
+    base = values["base"]
+    fields = base.pop("fields")
+    # Of name and config one only may stand there, and the fields of a config stand beside them.
+    values["base"] = {name: value for name, value in base.items() if value is not None} | fields
+    return values
 
 
 def _config_fields(config: ConfigFile, model_type: str) -> list[str]:
@@ -189,7 +200,7 @@ def check_tuner(config: ConfigFile, key: tuple[str, ...], tuner: Mapping[str, An
 
 
 def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
-    """Refuse what TrainingArguments does not have, or what stands elsewhere in the file."""
+    """Refuse what TrainingArguments does not have, what stands elsewhere in the file, and rows grouped by length."""
     from transformers import TrainingArguments
 
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -198,6 +209,12 @@ def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
             instead = _SET_ELSEWHERE[name]
             hint = f"write {instead} at the top level" if instead else "the run sets it"
             raise ValueError(f"{config.place(('training', name))}: training.{name} is not set here, {hint}.")
+        if training[name] == _GROUPED or (name == _GROUPED and training[name]):
+            raise ValueError(
+                f"{config.place(('training', name))}: training.{name}={training[name]!r} gives the rows another order "
+                "after a resume and for each tuner, since transformers draws it from the generator that initializes "
+                "the tuner; leave it out."
+            )
     refuse_unknown_keys(config, ("training",), training, [name for name in known if name not in _SET_ELSEWHERE])
     hints = _hints(TrainingArguments)
     for name, value in training.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class MethodSummary:
         scores: validation metric by learning rate, of the search.
         rate: of the reported runs.
         at_limit: whether even the lowest or highest rate there is was the best.
-        tests: test metric before the merge, by seed.
+        tests: test metric before the merge, by seed, of the runs that did not diverge.
+        diverged: seeds of the runs that did.
         merged: test metric after the merge, by estimator, the mean over seeds.
         difference: paired by seed with the reference, before the merge.
         quarters: smoothed training loss after 25, 50, 75, 100 % of the steps, means over seeds.
@@ -44,6 +46,7 @@ class MethodSummary:
     rate: float | None
     at_limit: bool
     tests: dict[int, float]
+    diverged: list[int]
     merged: dict[str, float]
     difference: Difference | None
     quarters: list[float]
@@ -67,42 +70,51 @@ class MethodSummary:
 def summarize(
     names: Sequence[str], reference: str, budgets: Mapping[str, Budget], lines: Sequence[Line]
 ) -> list[MethodSummary]:
-    """A summary for each method, in the order of `names`."""
+    """A summary for each method, in the order of `names`; of lines of one comparison only."""
     by_method = {name: [line for line in lines if line["method"] == name] for name in names}
     reference_runs = _reports(by_method[reference])
     return [_summary(name, budgets[name], by_method[name], reference_runs, name == reference) for name in names]
 
 
 def _reports(lines: Sequence[Line]) -> dict[int, Line]:
-    """The reported runs by seed; of a method that was searched anew, those at the rate that was reported last."""
-    reported = [line for line in lines if line["kind"] == "report"]
-    return {line["seed"]: line for line in reported if line["quarter"] == reported[-1]["quarter"]}
+    """The reported runs that did not diverge, by seed."""
+    return {line["seed"]: line for line in lines if line["kind"] == "report" and is_number(line["test"])}
+
+
+def is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _summary(
     name: str, budget: Budget, lines: Sequence[Line], reference: Mapping[int, Line], is_reference: bool
 ) -> MethodSummary:
     runs = _reports(lines)
-    any_run = next(iter(runs.values()), {})
-    curves = [run["losses"] for run in runs.values() if None not in run["losses"]]
+    reported = [line for line in lines if line["kind"] == "report"]
+    any_run = next(iter(reported), {})
+    curves = [run["losses"] for run in runs.values() if all(map(is_number, run["losses"]))]
     quarters = [quarter_losses(curve) for curve in curves]
     return MethodSummary(
         name=name,
         is_reference=is_reference,
         budget=budget,
-        scores={line["rate"]: line["validation"] for line in lines if line["kind"] == "search"},
+        scores={
+            line["rate"]: line["validation"] if is_number(line["validation"]) else None
+            for line in lines
+            if line["kind"] == "search"
+        },
         rate=any_run.get("rate"),
         at_limit=any_run.get("quarter") in (LOWEST, HIGHEST),
         tests={seed: run["test"] for seed, run in runs.items()},
+        diverged=[line["seed"] for line in reported if not is_number(line["test"])],
         merged=_merged(list(runs.values())),
         difference=None if is_reference else _difference(runs, reference),
         quarters=[statistics.fmean(column) for column in zip(*quarters, strict=True)],
         steps_to_reference=_steps(runs, reference),
         steps=any_run.get("steps"),
         cost=next((line for line in lines if line["kind"] == "cost"), {}),
-        native_bytes=any_run.get("native_bytes"),
-        exported_bytes=any_run.get("exported_bytes"),
-        forgetting=_mean([run["forgetting"] for run in runs.values() if run.get("forgetting") is not None]),
+        native_bytes=next((run["native_bytes"] for run in runs.values() if "native_bytes" in run), None),
+        exported_bytes=next((run["exported_bytes"] for run in runs.values() if "exported_bytes" in run), None),
+        forgetting=_mean([run["forgetting"] for run in runs.values() if is_number(run.get("forgetting"))]),
         curves=curves,
     )
 
@@ -112,9 +124,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _merged(runs: Sequence[Line]) -> dict[str, float]:
-    estimators = dict.fromkeys(name for run in runs for name in run["merged"])
+    estimators = dict.fromkeys(name for run in runs for name in run["merged"] if is_number(run["merged"][name]))
     return {
-        name: statistics.fmean(run["merged"][name] for run in runs if name in run["merged"]) for name in estimators
+        name: statistics.fmean(run["merged"][name] for run in runs if is_number(run["merged"].get(name)))
+        for name in estimators
     }
 
 
@@ -130,7 +143,7 @@ def _steps(runs: Mapping[int, Line], reference: Mapping[int, Line]) -> int | Non
     reached = []
     for seed in sorted(set(runs) & set(reference)):
         own, other = runs[seed]["losses"], reference[seed]["losses"]
-        if None in own or None in other:
+        if not all(map(is_number, [*own, *other])):
             return None
         target = float(smoothed(other, window_of(len(other)))[-1])
         steps = steps_to_reach(own, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,15 @@ def make_config(tuner: Mapping[str, Any], steps: int | None = None) -> PeftConfi
     kinds = {member.value: kind for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     config: PeftConfig = kinds[tuner["peft_type"]](**fields)
     return config
+
+
+def tuners_with_rank() -> list[str]:
+    """The `peft_type` of every tuner whose number of parameters a rank sets."""
+    return sorted(
+        member.value
+        for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if RANK_FIELDS.get(member.value, "r") in {f.name for f in dataclasses.fields(kind)}
+    )
 
 
 def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
