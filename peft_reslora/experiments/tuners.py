@@ -61,4 +61,5 @@ class AdaLoraSchedule(TrainerCallback):
 
 
 def callbacks_for(tuner: Mapping[str, Any]) -> list[TrainerCallback]:
-    return [AdaLoraSchedule()] if tuner["peft_type"] == "ADALORA" else []
+    allocates = tuner["peft_type"] == "ADALORA" or (tuner["peft_type"] == "RESLORA" and tuner.get("total_step"))
+    return [AdaLoraSchedule()] if allocates else []

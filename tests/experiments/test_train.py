@@ -148,6 +148,7 @@ def test_regression_with_a_new_head_trains_and_saves_it(films: Path, tmp_path: P
     "tuner",
     [
         {"peft_type": "ADALORA", "target_r": 2, "init_r": 3, "tinit": 2, "tfinal": 2, "deltaT": 1},
+        {"peft_type": "RESLORA", "target_r": 2, "init_r": 3, "total_step": 8, "tinit": 2, "tfinal": 2},
         {"peft_type": "MORA", "r": 2},
         {"peft_type": "LOHA", "r": 2},
     ],
