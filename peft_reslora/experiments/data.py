@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_reslora.experiments.settings import DataSettings
+from peft_reslora.experiments.settings import DataSettings, HubData
 from peft_reslora.shared.host import fingerprint_of
 
 SPLITS = ("train", "validation", "test")
@@ -52,7 +52,7 @@ def load_data(settings: DataSettings, columns: Sequence[str]) -> Data:
     """
     if settings.uuid_pairs is not None:
         return random_pairs(settings.uuid_pairs, columns)
-    read, checksums = _read_files(settings) if settings.folder or not settings.hub else _read_hub(settings)
+    read, checksums = _read_files(settings) if settings.folder or not settings.hub else _read_hub(settings.hub)
     for split in read.values():
         check_rows(split, columns)
     return Data(_cut(read, settings), checksums)
@@ -136,11 +136,9 @@ def _read_parquet(path: Path) -> list[Row]:
     return list(Dataset.from_parquet(str(path)))
 
 
-def _read_hub(settings: DataSettings) -> tuple[dict[str, Split], dict[str, str]]:
+def _read_hub(hub: HubData) -> tuple[dict[str, Split], dict[str, str]]:
     from datasets import load_dataset
 
-    hub = settings.hub
-    assert hub is not None
     names = {"train": hub.train, "validation": hub.validation, "test": hub.test}
     splits, checksums = {}, {}
     for name, split in names.items():

@@ -55,11 +55,10 @@ def _local_data(settings: TrainSettings) -> Data | None:
 
 
 def _sizes(settings: TrainSettings, data: Data | None) -> str:
-    if data is None:
-        hub = settings.data.hub
-        assert hub is not None
+    hub = settings.data.hub
+    if data is None and hub is not None:
         return f"{hub.name}{'/' + hub.config if hub.config else ''} of the Hub, not read in a dry run"
-    return ", ".join(f"{size:,} {name}" for name, size in data.sizes().items())
+    return ", ".join(f"{size:,} {name}" for name, size in data.sizes().items()) if data is not None else "none"
 
 
 def _steps(settings: TrainSettings, data: Data | None) -> str:

@@ -82,7 +82,7 @@ def answers(split: Split, column: str) -> list[float]:
 def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
     """A base pretrained here, or one with a name; of that nothing is known that it could forget."""
     if settings.pretrain is not None:
-        return pretrained(settings)
+        return pretrained(settings, settings.pretrain)
     if settings.name is None:
         raise ValueError("base: a language model built in code needs pretrain, what it learns first.")
     tokenizer = AutoTokenizer.from_pretrained(settings.name)

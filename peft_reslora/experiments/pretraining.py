@@ -65,10 +65,10 @@ def source_text(source: TextSource, row: Row) -> str:
         raise ValueError(f"{source.file or source.hub}: no column {error}; there are {', '.join(row)}.") from error
 
 
-def pretrained(settings: BaseSettings) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
+def pretrained(
+    settings: BaseSettings, pretrain: PretrainSettings
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
     """The base and its tokenizer, from the cache if the same was trained before; and held-out texts."""
-    pretrain = settings.pretrain
-    assert pretrain is not None
     texts, held_out = read_texts(pretrain)
     what = {k: v for k, v in asdict(pretrain).items() if k not in ("folder", "sources")}
     key = fingerprint([texts, what, settings.config, settings.fields, settings.vocabulary])

@@ -45,6 +45,7 @@ class RankAllocation:
 
     def __init__(self, config: ResLoRAConfig, blocks: Mapping[str, AdaloraBlock]) -> None:
         self.config = config
+        self.final_step = (config.total_step or 0) - config.tfinal  # without total_step, the blocks are others
         self.called = bool(config.rank_pattern)  # there is nothing left to allocate
         # By layer `(r,)`: which directions have a rank, once that is final, as in an adapter that was loaded so.
         self.kept: dict[str, torch.Tensor] | None = None
@@ -73,8 +74,7 @@ class RankAllocation:
                 E = block.singular_values.detach()
                 E.masked_fill_(~self.kept[name].to(E.device)[:, None], 0.0)
             return
-        assert config.total_step is not None  # or the blocks would be others
-        over = step >= config.total_step - config.tfinal
+        over = step >= self.final_step
         if not over and not view.has_gradients():
             raise RuntimeError(
                 "update_and_allocate found no gradients, from which importances are computed. Call it after "
