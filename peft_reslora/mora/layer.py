@@ -327,6 +327,7 @@ class MoRALinear(nn.Module, MoRALayer):
             self.unmerge()
         super().delete_adapter(adapter_name)
         self.called_adapters.discard(adapter_name)
+        self.arrivals.pop(adapter_name, None)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoRALinear:
         super()._apply(fn, recurse)

@@ -433,6 +433,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         self.lora_variant.pop(adapter_name, None)
         self.forget_stamp(adapter_name)
         self.called_adapters.discard(adapter_name)
+        self.arrivals.pop(adapter_name, None)
         for buffers in (getattr(self, name) for name in BUFFERS):
             if adapter_name in buffers:
                 del buffers[adapter_name]

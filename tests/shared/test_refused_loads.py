@@ -18,6 +18,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -160,3 +161,14 @@ def test_adapters_do_not_answer_for_each_other(tuner: str, tmp_path: Path) -> No
     base.add_adapter(base.peft_config["saved"], adapter_name="new")
     base.set_adapter(["saved", "new"])
     torch.testing.assert_close(output_of(base.eval(), INPUTS), output_of(model, INPUTS))
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_deleted_adapter_is_in_no_dictionary(tuner: str) -> None:
+    """As PEFT's own suite asks of all tuners."""
+    model = adapted(tuner)
+    model.add_adapter("other", model.peft_config["default"])
+    model.delete_adapter("other")
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            assert [name for name, held in vars(layer).items() if isinstance(held, dict) and "other" in held] == []

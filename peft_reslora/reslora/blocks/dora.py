@@ -41,7 +41,7 @@ class DoraBlock(LinearBlock):
     def start(self) -> None:
         """m becomes the norm of each row of the base weight."""
         A, _ = self.weights
-        norm = torch.linalg.vector_norm(widen(self._base_weight()), dim=1).to(A.device)
+        norm = torch.linalg.vector_norm(widen(self._base_weight()), dim=1).to(A)
         getattr(self.layer, MAGNITUDE)[self.adapter_name] = nn.Parameter(norm, requires_grad=A.requires_grad)
 
     def tensors(self) -> dict[str, torch.Tensor]:
