@@ -35,6 +35,7 @@ def count_parameters(base: nn.Module, tuner: Mapping[str, Any]) -> int:
     counted = dict(tuner)
     if counted["peft_type"] == "ADALORA":
         counted["init_r"] = counted["target_r"]
+        counted.update(tinit=0, tfinal=0)  # a schedule for more steps than this count's
     return trained_parameters(adapt(copy.deepcopy(without_storage(base)), make_config(counted, 100)))
 
 
