@@ -95,5 +95,13 @@ def test_every_block_of_code_is_seen():
 
 def test_every_link_leads_somewhere():
     for page in [README, *PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+            place = page.parent / target if target else page
+            assert "://" in target or place.exists(), f"{page.name} links to {target}"
+            assert not anchor or "://" in target or anchor in anchors(place), f"{page.name} links to {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as MkDocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
