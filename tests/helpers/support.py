@@ -3,7 +3,7 @@
 A test that stands for a cell says so with `@pytest.mark.support(row, verdict="right", columns=None)`: `row` and
 `verdict` are strings, or functions of the test's parameters; the column is that of the test's tuner, unless `columns`
 names several. `python -m pytest --collect-only -q --support-table` prints the table, and `test_readme.py` compares it
-with the one in README.
+with the one in docs/supported-engines.md.
 """
 
 from __future__ import annotations

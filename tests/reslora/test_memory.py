@@ -68,6 +68,6 @@ def test_a_step_takes_no_more_memory_than_lora(shortcut, pre_num, use_reentrant)
         use_reentrant
     )
     if shortcut == "input" and use_reentrant is not None:
-        assert 1.3 < ratio < 2.0  # as README says
+        assert 1.3 < ratio < 2.0  # as docs/results.md says
     else:
         assert ratio < 1.03

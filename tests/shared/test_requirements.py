@@ -19,7 +19,7 @@ OWN = {"peft_reslora", "peft_reslora_cli"}
 SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).rglob("*.py"))]
 # Taken without an import of ours: templates of model cards need it.
 INDIRECT = {"jinja2"}
-EXTRAS = ("demo", "experiments", "test", "engines")
+EXTRAS = ("demo", "experiments", "test", "engines", "docs")
 
 
 def section(name: str) -> dict[str, Requirement]:
