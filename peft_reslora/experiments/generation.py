@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from peft_reslora.experiments.task import Batch, Example, Task
 _IGNORED = -100  # what transformers leaves out of the loss
 _BATCH = 50
 
+Prompt = str | list[int]
+"""A text, or the ids of one that is encoded."""
+
 
 def generation_task(settings: TrainSettings) -> Task:
     """Read the data, load or pretrain the base, and encode the training rows; the loss counts completions only.
@@ -29,17 +32,21 @@ def generation_task(settings: TrainSettings) -> Task:
     data = load_data(settings.data, columns)
     metric, score = _metric(settings.data, data)
     base, tokenizer, held_out = load_generation_base(settings.base)
-    train = encode_pairs(data.splits["train"], tokenizer, settings.data)
+    if settings.data.chat_template:
+        check_template(tokenizer)
+    train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
+    train, collate = _packed(settings, base, tokenizer, train)
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
-        prompts = [prompt_of(settings.data, row) for row in data.splits[split].rows]
+        prompts: list[Prompt] = [prompt_of(settings.data, row) for row in data.splits[split].rows]
+        if settings.data.chat_template:
+            prompts = [chat_ids(tokenizer, settings.data, str(prompt)) for prompt in prompts]
         texts = complete(model, tokenizer, prompts, settings.data.new_tokens)
         return {metric: score(texts, split)}
 
     def forgetting(model: nn.Module) -> float:
         return text_loss(model, tokenizer, held_out, settings.data.max_length)
 
-    collate = completion_collator(int(tokenizer.pad_token_id))
     return Task(
         settings.task, metric, base, data, train, collate, evaluate, forgetting if held_out else None, tokenizer
     )
@@ -96,23 +103,92 @@ def prompt_of(settings: DataSettings, row: Row) -> str:
     return plain_numbers(". ".join(str(row[column]).strip().rstrip(".") for column in settings.text)) + "\n"
 
 
-def encode_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Example]:
-    """Ids of prompt and completion with their labels.
+def encode_pairs(
+    split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, training: Mapping[str, Any] | None = None
+) -> list[Example]:
+    """Ids of prompt and completion with their labels; with `completion_only_loss: false` those of the prompt too.
 
     Raises:
         ValueError: for the first row longer than `max_length`: cutting it would cut off what is to be learned.
     """
+    encode = chat_pair if settings.chat_template else plain_pair
+    only_completion = (training or {}).get("completion_only_loss", True)
     rows = []
     for index, row in enumerate(split.rows):
-        prompt = _ids(tokenizer, prompt_of(settings, row), start=True)
-        completion = [*_ids(tokenizer, plain_numbers(str(row[settings.label]))), tokenizer.eos_token_id]
+        prompt, completion = encode(tokenizer, settings, row)
         if len(prompt) + len(completion) > settings.max_length:
             raise ValueError(
                 f"{split.place(index, settings.label)}: {len(prompt) + len(completion)} tokens with the prompt, more "
                 f"than data.max_length={settings.max_length}; raise it."
             )
-        rows.append({"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion})
+        before = [_IGNORED] * len(prompt) if only_completion else prompt
+        rows.append({"input_ids": prompt + completion, "labels": before + completion})
     return rows
+
+
+def plain_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: Row) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the completion with the token that ends it."""
+    completion = _ids(tokenizer, plain_numbers(str(row[settings.label])))
+    return _ids(tokenizer, prompt_of(settings, row), start=True), [*completion, tokenizer.eos_token_id]
+
+
+def chat_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: Row) -> tuple[list[int], list[int]]:
+    """The same as the template of a chat writes it, up to the token that ends the assistant's turn.
+
+    Raises:
+        ValueError: if the template writes the conversation in another way than its beginning.
+    """
+    prompt = prompt_of(settings, row)
+    before, whole = (
+        chat_ids(tokenizer, settings, prompt, answer) for answer in (None, plain_numbers(str(row[settings.label])))
+    )
+    if whole[: len(before)] != before:
+        raise ValueError(
+            f"data.chat_template: the template of {tokenizer.name_or_path} writes a turn that ends in another way than "
+            "one that begins; set data.chat_template_kwargs (such as {enable_thinking: false}), or train without it."
+        )
+    completion = whole[len(before) :]
+    special = {*tokenizer.all_special_ids}
+    last = max((i for i, token in enumerate(completion) if token in special), default=None)
+    return before, [*completion, tokenizer.eos_token_id] if last is None else completion[: last + 1]
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, prompt: str, answer: str | None = None
+) -> list[int]:
+    """Ids of a conversation; without an answer, up to where the assistant begins."""
+    turns = [{"role": "user", "content": prompt.rstrip("\n")}]
+    turns += [{"role": "assistant", "content": answer}] if answer is not None else []
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=answer is None, **settings.chat_template_kwargs
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a template for chats.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"data.chat_template: the tokenizer {tokenizer.name_or_path} has no chat template; take a base that was "
+            "trained to chat, or leave chat_template out."
+        )
+
+
+def _packed(
+    settings: TrainSettings, base: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example]
+) -> tuple[list[Example], Any]:
+    """The rows as they are trained on, and what makes a batch of them."""
+    pad = int(tokenizer.pad_token_id)
+    if not settings.training.get("packing"):
+        return rows, completion_collator(pad)
+    from peft_reslora.experiments.sft import check_packing, packed, packed_collator
+
+    check_packing(base, rows, packed_collator(pad))
+    return packed(rows, settings.data.max_length), packed_collator(pad)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, start: bool = False) -> list[int]:
@@ -136,9 +212,12 @@ def completion_collator(pad: int) -> Any:
 
 
 def complete(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int
 ) -> list[str]:
-    """Greedy completions, in batches of prompts of about the same length; in the order of the prompts."""
+    """Greedy completions, in batches of prompts of about the same length; in the order of the prompts.
+
+    Those of prompts that are ids, as of a chat, end with the first special token, such as that which ends a turn.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -152,16 +231,17 @@ def complete(
     return texts
 
 
-def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    encoded = [_ids(tokenizer, prompt, start=True) for prompt in prompts]
+def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int) -> list[str]:
+    encoded = [_ids(tokenizer, prompt, start=True) if isinstance(prompt, str) else prompt for prompt in prompts]
     longest = max(map(len, encoded))
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
+    ends = {} if isinstance(prompts[0], str) else {"eos_token_id": tokenizer.all_special_ids}
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
     with torch.no_grad():
         found: Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, **ends
         )
     return list(tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True))
 

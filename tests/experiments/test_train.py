@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.tiny_runs import read_metrics, tiny_run, write_films
+from helpers.tiny_runs import read_metrics, stop_at, tiny_run, write_films
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from peft_reslora.experiments import train, training
 from peft_reslora.experiments.config_file import from_mapping
 from peft_reslora.experiments.dry_run import describe_run
+from peft_reslora.experiments.loraplus import LoraPlus
 from peft_reslora.experiments.run import train_with
 from peft_reslora.experiments.settings import train_settings
 from peft_reslora.experiments.tasks import make_task
@@ -67,30 +68,13 @@ def test_the_saved_adapter_and_its_export_do_as_well_as_was_measured(films: Path
 NO_DROPOUT = ("base.hidden_dropout_prob=0.0", "base.attention_probs_dropout_prob=0.0")
 
 
-class Killed(BaseException):
-    """Stands for a signal that a process does not survive."""
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = training._TaskLoss.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    monkeypatch.setattr(training._TaskLoss, "on_step_end", on_step_end)
-
-
 def test_a_run_that_was_killed_gives_the_same_numbers(
     films: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, norms that ResLoRA records, and a last checkpoint that was not written to its end."""
     settings = tiny_run(films, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_at(7, patch)
-        with pytest.raises(Killed):
-            train(settings)
+    with monkeypatch.context() as patch, pytest.raises(stop_at(7, patch)):
+        train(settings)
     last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
     state = (last / "trainer_state.json").read_text(encoding="utf-8")
     (last / "trainer_state.json").write_text(state[: len(state) // 2], encoding="utf-8")
@@ -172,7 +156,7 @@ def test_lora_plus_trains_b_at_the_multiplied_rate(films: Path, tmp_path: Path) 
     settings = train_settings(from_mapping(tiny_run(films, tmp_path), ["tuner.lora_dropout=0.0"]))
     task = make_task(settings)
     arguments = training.training_arguments(settings.training, 0, tmp_path, "none")
-    trainer = training._Trainer(training.adapt(task.fresh_model(), training.make_config(settings.tuner)), arguments)
+    trainer = LoraPlus(training.adapt(task.fresh_model(), training.make_config(settings.tuner)), arguments)
     trainer.loraplus_lr_ratio = 16.0
     rates = {
         id(parameter): group["lr"]
@@ -201,12 +185,6 @@ def test_threads_are_those_of_the_settings(films: Path, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-def test_several_processes_are_refused(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process so far"):
-        train(tiny_run(films, tmp_path / "run"))
 
 
 def test_fewer_rows_than_a_batch_are_refused(films: Path, tmp_path: Path) -> None:

@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from peft_reslora.experiments import training
+
 GOOD, BAD = ["good", "great", "lovely", "fine"], ["bad", "awful", "dull", "poor"]
 
 
@@ -89,3 +93,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """What a run measured, without what no two runs share."""
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {name: value for name, value in metrics.items() if name != "train_seconds"}
+
+
+class Killed(BaseException):
+    """Stands for a signal that a process does not survive."""
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> type[BaseException]:
+    """Let a training end without any more ado after a step, by the exception that is returned."""
+    original = training._TaskLoss.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(training._TaskLoss, "on_step_end", on_step_end)
+    return Killed
