@@ -35,7 +35,10 @@ def generation_task(settings: TrainSettings) -> Task:
     if settings.data.chat_template:
         check_template(tokenizer)
     train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
-    train, collate = _packed(settings, base, tokenizer, train)
+    if settings.training.get("packing"):
+        from peft_reslora.experiments.sft import check_packing
+
+        check_packing(base, train)
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
         prompts: list[Prompt] = [prompt_of(settings.data, row) for row in data.splits[split].rows]
@@ -47,6 +50,7 @@ def generation_task(settings: TrainSettings) -> Task:
     def forgetting(model: nn.Module) -> float:
         return text_loss(model, tokenizer, held_out, settings.data.max_length)
 
+    collate = completion_collator(int(tokenizer.pad_token_id))
     return Task(
         settings.task, metric, base, data, train, collate, evaluate, forgetting if held_out else None, tokenizer
     )
@@ -144,8 +148,9 @@ def chat_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: R
     )
     if whole[: len(before)] != before:
         raise ValueError(
-            f"data.chat_template: the template of {tokenizer.name_or_path} writes a turn that ends in another way than "
-            "one that begins; set data.chat_template_kwargs (such as {enable_thinking: false}), or train without it."
+            f"data.chat_template: the template of {tokenizer.name_or_path} writes a turn that ends in another way "
+            "than one that begins; set data.chat_template_kwargs (such as {enable_thinking: false}), or leave "
+            "chat_template out."
         )
     completion = whole[len(before) :]
     special = {*tokenizer.all_special_ids}
@@ -176,19 +181,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"data.chat_template: the tokenizer {tokenizer.name_or_path} has no chat template; take a base that was "
             "trained to chat, or leave chat_template out."
         )
-
-
-def _packed(
-    settings: TrainSettings, base: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example]
-) -> tuple[list[Example], Any]:
-    """The rows as they are trained on, and what makes a batch of them."""
-    pad = int(tokenizer.pad_token_id)
-    if not settings.training.get("packing"):
-        return rows, completion_collator(pad)
-    from peft_reslora.experiments.sft import check_packing, packed, packed_collator
-
-    check_packing(base, rows, packed_collator(pad))
-    return packed(rows, settings.data.max_length), packed_collator(pad)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, start: bool = False) -> list[int]:

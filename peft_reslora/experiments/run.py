@@ -67,7 +67,11 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     on_main(lambda: _check_folder(folder, settings))
     task = main_first(lambda: make_task(settings))
     arguments = training_arguments(
-        {**_SAVING, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
+        {**_SAVING, **settings.training},
+        settings.seed,
+        folder / _CHECKPOINTS,
+        settings.report_to,
+        settings.data.max_length,
     )
     checkpoint = on_main(lambda: _start(folder, settings, task, processes))
     method = Method(settings.tuner, settings.loraplus_lr_ratio)

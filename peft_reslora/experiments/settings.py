@@ -137,9 +137,8 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     check_training(config, settings.training, SFT_KEYS if settings.task == "generation" else {})
     check_sizes(config, settings.data)
     if settings.data.chat_template and settings.task != "generation":
-        raise ValueError(
-            f"{config.place(('data', 'chat_template'))}: data.chat_template is for task=generation, not {settings.task}."
-        )
+        place = config.place(("data", "chat_template"))
+        raise ValueError(f"{place}: data.chat_template is for task=generation, not {settings.task}.")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by TRL: its packing, its collator, and its trainer, which never holds the logits of all tokens.
+"""Supervised fine-tuning by TRL: its packing, its collator, and its trainer, which never holds all tokens' logits.
 
 Rows come encoded, so that what is packed is what is trained without packing: each row is whole in one pack.
 """
@@ -12,32 +12,32 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from peft_reslora.experiments.loraplus import LoraPlus
 from peft_reslora.experiments.settings import SFT_KEYS
 from peft_reslora.experiments.task import Batch, Example, Task
+from peft_reslora.experiments.trainers import LoraPlus, check_batch
 from peft_reslora.experiments.tuners import callbacks_for
 
 # What TrainingArguments has, where SFTConfig has something else: the same file trains the same with and without TRL.
 _PLAIN: dict[str, Any] = {"learning_rate": 5e-5, "bf16": False, "gradient_checkpointing": False}
 
 
-def sft_arguments(training: Mapping[str, Any], **own: Any) -> SFTConfig:
-    """SFTConfig for rows that are encoded, and packed, if they are to be."""
+def sft_arguments(training: Mapping[str, Any], length: int | None, **own: Any) -> SFTConfig:
+    """SFTConfig for rows that are encoded, and for packs of at most `length` tokens, if there are to be any."""
     given = {name: value for name, value in training.items() if name not in SFT_KEYS}
     return SFTConfig(
         **{**_PLAIN, **given, **own},
         padding_free=bool(training.get("packing")),
-        max_length=None,
+        max_length=length,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
 
 class SftTrainer(LoraPlus, SFTTrainer):
-    """TRL's trainer, in which the loss that the model returns is the batch's part in that of the step, as in Trainer."""
+    """TRL's trainer, where the loss that the model returns is a batch's part in that of a step, as in Trainer."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -50,13 +50,14 @@ def sft_trainer(
     task: Task,
     model: PeftModel,
     tuner: Mapping[str, Any],
-    arguments: TrainingArguments,
+    arguments: SFTConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> SftTrainer:
     """TRL's trainer on the rows of a task.
 
     Raises:
-        ValueError: for AdaLoRA, whose penalty stands in the loss that the model returns, which TRL leaves alone.
+        ValueError: for AdaLoRA, whose penalty stands in the loss that the model returns, which TRL leaves alone; if
+            the packs do not fill a batch.
     """
     if callbacks_for(tuner):
         raise ValueError(
@@ -64,20 +65,14 @@ def sft_trainer(
             f"take; leave {' and '.join(SFT_KEYS)} out of training."
         )
     rows = Dataset.from_list(list(task.train))
+    if arguments.padding_free:
+        rows = pack_dataset(rows, arguments.max_length, "bfd")
+        check_batch(len(rows), "packs of rows", arguments)
+        arguments.max_length = None  # what TRL would not enforce here
     return SftTrainer(model, arguments, train_dataset=rows, processing_class=task.tokenizer, callbacks=[*callbacks])
 
 
-def packed(rows: Sequence[Example], length: int) -> list[Example]:
-    """Rows end to end, at most `length` tokens in each pack; `seq_lengths` says where one ends."""
-    return list(pack_dataset(Dataset.from_list(list(rows)), length, "bfd"))
-
-
-def packed_collator(pad: int) -> Any:
-    """Puts the packs of a batch end to end into one row, with positions that begin anew at each row of data."""
-    return DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=True)
-
-
-def check_packing(base: nn.Module, rows: Sequence[Example], collate: Any) -> None:
+def check_packing(base: nn.Module, rows: Sequence[Example]) -> None:
     """Refuse to pack for a model whose rows of one pack would see each other.
 
     What stands before a row in its pack is replaced by other tokens: the row's logits may not change in a single bit.
@@ -86,8 +81,8 @@ def check_packing(base: nn.Module, rows: Sequence[Example], collate: Any) -> Non
         ValueError: naming the model and its attention.
     """
     first, second = ([*row["input_ids"][:8]] for row in (rows[0], rows[-1]))
-    other = [second[0]] * len(first) if second[0] != first[0] else [second[-1]] * len(first)
-    seen = [_last_logits(base, collate, [start, second]) for start in (first, other)]
+    other = [token - 1 if token else 1 for token in first]
+    seen = [_last_logits(base, [start, second]) for start in (first, other)]
     if not torch.equal(*seen):
         attention = getattr(base.config, "_attn_implementation", None)
         raise ValueError(
@@ -96,10 +91,12 @@ def check_packing(base: nn.Module, rows: Sequence[Example], collate: Any) -> Non
         )
 
 
-def _last_logits(base: nn.Module, collate: Any, parts: Sequence[list[int]]) -> torch.Tensor:
+def _last_logits(base: nn.Module, parts: Sequence[list[int]]) -> torch.Tensor:
+    """Logits of the last of several rows in one pack; without a cache, with which masks leave packs aside."""
     ids = [token for part in parts for token in part]
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch: Batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": [len(part) for part in parts]}])
     del batch["labels"]
     with torch.no_grad():
-        logits: torch.Tensor = base(**batch).logits
+        logits: torch.Tensor = base(**batch, use_cache=False).logits
     return logits[0, -len(parts[-1]) :]

@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peft_reslora.experiments.loraplus import LoraPlus
 from peft_reslora.experiments.processes import summed
 from peft_reslora.experiments.settings import SFT_KEYS
 from peft_reslora.experiments.task import Task
+from peft_reslora.experiments.trainers import LoraPlus, check_batch
 from peft_reslora.experiments.tuners import adapt, callbacks_for, make_config
 
 _DEFAULTS: dict[str, Any] = {
@@ -56,8 +56,13 @@ class Method:
     loraplus_lr_ratio: float | None = None
 
 
-def training_arguments(training: Mapping[str, Any], seed: int, folder: Path, report_to: str) -> TrainingArguments:
-    """TrainingArguments from the checked `training` section; TRL's SFTConfig, where it says something of that."""
+def training_arguments(
+    training: Mapping[str, Any], seed: int, folder: Path, report_to: str, length: int | None = None
+) -> TrainingArguments:
+    """TrainingArguments from the checked `training` section; TRL's SFTConfig, where it has arguments of that.
+
+    Rows are packed to `length` tokens, if they are to be.
+    """
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": seed,
@@ -69,7 +74,7 @@ def training_arguments(training: Mapping[str, Any], seed: int, folder: Path, rep
     if SFT_KEYS.keys() & training.keys():
         from peft_reslora.experiments.sft import sft_arguments
 
-        return sft_arguments({**_DEFAULTS, **training}, **own)
+        return sft_arguments({**_DEFAULTS, **training}, length, **own)
     return TrainingArguments(**{**_DEFAULTS, **training}, **own)
 
 
@@ -99,7 +104,7 @@ def fit(
         ValueError: if the batches of all processes are larger than the training split, so that there would be no
             step; for what does not train in shards.
     """
-    _check_batch(task, arguments)
+    check_batch(len(task.train), "training rows", arguments)
     set_seed(arguments.seed)
     model = adapt(task.fresh_model(), make_config(with_head(method.tuner, task), steps))
     trainer = _make_trainer(task, model, method, arguments, [*callbacks_for(method.tuner), *callbacks])
@@ -144,16 +149,6 @@ def _make_trainer(
         # processes, divided by their number; but what these models return is a mean over the rows of one.
         trainer.model_accepts_loss_kwargs = False
     return trainer
-
-
-def _check_batch(task: Task, arguments: TrainingArguments) -> None:
-    rows, batch, processes = len(task.train), arguments.per_device_train_batch_size, arguments.world_size
-    if arguments.dataloader_drop_last and rows < batch * processes:
-        of_each = f" in each of {processes} processes" if processes > 1 else ""
-        raise ValueError(
-            f"{rows} training rows do not fill one batch of {batch}{of_each}; lower "
-            "training.per_device_train_batch_size or give more rows."
-        )
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_runs import tiny_run
+from helpers.tiny_runs import tiny_generation, write_sums
 
 from peft_reslora.experiments import pretraining, train
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, same_number, unmask, value_of
@@ -57,53 +55,13 @@ def test_masked_problems_are_filled_in() -> None:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sums")
-    draw = random.Random(0)
-    rows = []
-    for _ in range(120):
-        a, b = draw.randrange(10), draw.randrange(10)
-        rows.append(
-            {"body": f"Tom has {a}", "question": f"He gets {b} more", "equation": f"{a} + {b}", "answer": a + b}
-        )
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "sums.jsonl").write_text(text, encoding="utf-8")
-    return folder
+    return write_sums(tmp_path_factory.mktemp("sums"))
 
 
 @pytest.fixture
 def settings(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("PEFT_RESLORA_CACHE", str(sums / "cache"))
-    return tiny_run(
-        sums,
-        tmp_path / "run",
-        task="generation",
-        base={
-            "config": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "vocabulary": 300,
-            "pretrain": {
-                "sources": [{"text": "{body} {question} {equation}", "file": "sums.jsonl"}],
-                "folder": str(sums),
-                "steps": 3,
-                "length": 32,
-            },
-        },
-        data={
-            "folder": str(sums),
-            "files": {"train": "sums.jsonl"},
-            "text": ["body", "question"],
-            "label": "equation",
-            "answer": "answer",
-            "validation_rows": 10,
-            "test_rows": 20,
-            "max_length": 48,
-            "new_tokens": 6,
-        },
-        tuner={"peft_type": "RESLORA", "r": 2, "target_modules": "all-linear", "shortcut": "block"},
-    )
+    return tiny_generation(sums, tmp_path / "run")
 
 
 def test_a_run_measures_exact_match_and_what_the_base_forgot(settings: dict[str, Any]) -> None:

@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification
 from peft_reslora.experiments import train, training
 from peft_reslora.experiments.config_file import from_mapping
 from peft_reslora.experiments.dry_run import describe_run
-from peft_reslora.experiments.loraplus import LoraPlus
 from peft_reslora.experiments.run import train_with
 from peft_reslora.experiments.settings import train_settings
 from peft_reslora.experiments.tasks import make_task
+from peft_reslora.experiments.trainers import LoraPlus
 
 
 @pytest.fixture(scope="module")

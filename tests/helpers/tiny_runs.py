@@ -65,6 +65,56 @@ def tiny_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return {**settings, **changes}
 
 
+def write_sums(folder: Path) -> Path:
+    """sums.jsonl, where Tom gets more of what he has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    rows = []
+    for _ in range(120):
+        a, b = draw.randrange(10), draw.randrange(10)
+        rows.append(
+            {"body": f"Tom has {a}", "question": f"He gets {b} more", "equation": f"{a} + {b}", "answer": a + b}
+        )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "sums.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def tiny_generation(sums: Path, output: Path) -> dict[str, Any]:
+    """A run of generation on a tiny Llama, which is pretrained for three steps."""
+    return tiny_run(
+        sums,
+        output,
+        task="generation",
+        base={
+            "config": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "vocabulary": 300,
+            "pretrain": {
+                "sources": [{"text": "{body} {question} {equation}", "file": "sums.jsonl"}],
+                "folder": str(sums),
+                "steps": 3,
+                "length": 32,
+            },
+        },
+        data={
+            "folder": str(sums),
+            "files": {"train": "sums.jsonl"},
+            "text": ["body", "question"],
+            "label": "equation",
+            "answer": "answer",
+            "validation_rows": 10,
+            "test_rows": 20,
+            "max_length": 48,
+            "new_tokens": 6,
+        },
+        tuner={"peft_type": "RESLORA", "r": 2, "target_modules": "all-linear", "shortcut": "block"},
+    )
+
+
 def tiny_comparison(data: Path, output: Path) -> dict[str, Any]:
     """A comparison's settings: LoRA, a ResLoRA, and a DoRA that cannot have as many parameters."""
     run = tiny_run(data, output)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from helpers.engine_worker import start_accelerate
 from helpers.tiny_runs import stop_at, tiny_run
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peft_reslora.experiments import train
 
@@ -53,6 +54,7 @@ def stopped_and_resumed(settings: dict[str, Any]) -> None:
         stopped = stop_at(STOPPED, patch)
         with pytest.raises(stopped):
             train(settings)
+    unset_hf_deepspeed_config()  # as in the new process that a run goes on in
     start_accelerate()
     train(settings)
 
