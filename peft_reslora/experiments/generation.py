@@ -34,6 +34,7 @@ def generation_task(settings: TrainSettings) -> Task:
     base, tokenizer, held_out = load_generation_base(settings.base)
     if settings.data.chat_template:
         check_template(tokenizer)
+    check_lengths(data, base, tokenizer, settings.data)
     train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
     if settings.training.get("packing"):
         from peft_reslora.experiments.sft import check_packing
@@ -41,9 +42,7 @@ def generation_task(settings: TrainSettings) -> Task:
         check_packing(base, train)
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
-        prompts: list[Prompt] = [prompt_of(settings.data, row) for row in data.splits[split].rows]
-        if settings.data.chat_template:
-            prompts = [chat_ids(tokenizer, settings.data, str(prompt)) for prompt in prompts]
+        prompts = prompts_of(data.splits[split], tokenizer, settings.data)
         texts = complete(model, tokenizer, prompts, settings.data.new_tokens)
         return {metric: score(texts, split)}
 
@@ -105,6 +104,33 @@ def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedT
 def prompt_of(settings: DataSettings, row: Row) -> str:
     """The text columns as sentences, and a line end."""
     return plain_numbers(". ".join(str(row[column]).strip().rstrip(".") for column in settings.text)) + "\n"
+
+
+def prompts_of(split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Prompt]:
+    """What is completed; of chats the ids."""
+    texts = [prompt_of(settings, row) for row in split.rows]
+    return [chat_ids(tokenizer, settings, text) for text in texts] if settings.chat_template else [*texts]
+
+
+def check_lengths(data: Data, base: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
+    """Refuse what is longer than the model has positions, before hours of training.
+
+    Raises:
+        ValueError: for `max_length`, or the first row to be completed that is too long: file, row and column.
+    """
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if settings.max_length > limit:
+        raise ValueError(f"data.max_length={settings.max_length} is more than the {limit} tokens the model takes.")
+    for split in (split for name, split in data.splits.items() if name != "train"):
+        for index, prompt in enumerate(prompts_of(split, tokenizer, settings)):
+            tokens = len(_ids(tokenizer, prompt, start=True) if isinstance(prompt, str) else prompt)
+            if tokens + settings.new_tokens > limit:
+                raise ValueError(
+                    f"{split.place(index, settings.text[0])}: {tokens} tokens and data.new_tokens="
+                    f"{settings.new_tokens} are more than the {limit} that the model takes; take the row out."
+                )
 
 
 def encode_pairs(

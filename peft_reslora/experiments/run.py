@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from peft_reslora.experiments.card import run_card
 from peft_reslora.experiments.config_file import from_mapping, read_config
@@ -36,7 +39,7 @@ from peft_reslora.export import save_as_lora
 
 ADAPTER, LORA, MERGED, BASE = "adapter", "lora", "merged", "base"
 METRICS, CONFIG, RUN = "metrics.json", "config.yaml", "run.json"
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 
 
@@ -63,6 +66,7 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)
+    _check_report(settings)
     processes = join_processes(settings.training)
     on_main(lambda: _check_folder(folder, settings))
     task = main_first(lambda: make_task(settings))
@@ -70,19 +74,41 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
         {**_SAVING, **settings.training},
         settings.seed,
         folder / _CHECKPOINTS,
-        settings.report_to,
+        "none" if settings.report_to == "tensorboard" else settings.report_to,
         settings.data.max_length,
     )
     checkpoint = on_main(lambda: _start(folder, settings, task, processes))
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train), processes)
-    trained = fit(task, method, arguments, steps, resume=checkpoint)
+    trained = fit(task, method, arguments, steps, _tensorboard(folder, settings, arguments), resume=checkpoint)
     return on_main(lambda: _finish(folder, settings, task, trained))
 
 
 def resolved(settings: TrainSettings) -> dict[str, Any]:
     """All settings with their defaults, as YAML and JSON hold them."""
     return dataclasses.asdict(settings)
+
+
+def _check_report(settings: TrainSettings) -> None:
+    """Refuse to report to what is not installed.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    name = settings.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"report_to={name}: the package is not installed; pip install {name}, or set report_to=none.")
+
+
+def _tensorboard(
+    folder: Path, settings: TrainSettings, arguments: TrainingArguments
+) -> tuple[TensorBoardCallback, ...]:
+    """Logs for TensorBoard in a folder that stays, where the Trainer's own would end with the checkpoints."""
+    if settings.report_to != "tensorboard" or arguments.process_index != 0:
+        return ()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return (TensorBoardCallback(SummaryWriter(str(folder / _LOGS))),)
 
 
 def _identity(settings: TrainSettings) -> str:

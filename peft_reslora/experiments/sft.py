@@ -65,7 +65,7 @@ def sft_trainer(
             f"take; leave {' and '.join(SFT_KEYS)} out of training."
         )
     rows = Dataset.from_list(list(task.train))
-    if arguments.padding_free:
+    if arguments.padding_free and arguments.max_length:
         rows = pack_dataset(rows, arguments.max_length, "bfd")
         check_batch(len(rows), "packs of rows", arguments)
         arguments.max_length = None  # what TRL would not enforce here

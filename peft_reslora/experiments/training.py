@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -105,6 +105,9 @@ def fit(
             step; for what does not train in shards.
     """
     check_batch(len(task.train), "training rows", arguments)
+    if resume is not None and (state := _state_of(resume)).global_step >= state.max_steps:
+        # Trainer would take one more step.
+        return Trained(_loaded(task, resume, arguments), _losses(state), 0.0, state.global_step)
     set_seed(arguments.seed)
     model = adapt(task.fresh_model(), make_config(with_head(method.tuner, task), steps))
     trainer = _make_trainer(task, model, method, arguments, [*callbacks_for(method.tuner), *callbacks])
@@ -122,8 +125,23 @@ def fit(
         model = _whole(task, model, trainer)
     if task.hub_id is not None:  # only now: PEFT would ask the Hub at each checkpoint
         model.peft_config["default"].base_model_name_or_path = task.hub_id
-    losses = [(entry["step"], entry["task_loss"]) for entry in trainer.state.log_history if "task_loss" in entry]
-    return Trained(model, losses, float(result.metrics["train_runtime"]), trainer.state.global_step)
+    return Trained(model, _losses(trainer.state), float(result.metrics["train_runtime"]), trainer.state.global_step)
+
+
+def _losses(state: TrainerState) -> list[tuple[float, float]]:
+    return [(entry["step"], entry["task_loss"]) for entry in state.log_history if "task_loss" in entry]
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _loaded(task: Task, folder: Path, arguments: TrainingArguments) -> PeftModel:
+    """An adapter that was saved while it trained, on a base of this process's own."""
+    model: PeftModel = PeftModel.from_pretrained(task.fresh_model(), str(folder), is_trainable=True)
+    if task.hub_id is not None:
+        model.peft_config["default"].base_model_name_or_path = task.hub_id
+    return model.to(arguments.device)
 
 
 def _make_trainer(
@@ -138,7 +156,8 @@ def _make_trainer(
     if type(arguments) is not TrainingArguments:
         from peft_reslora.experiments.sft import sft_trainer
 
-        trainer = sft_trainer(task, model, method.tuner, arguments, callbacks)
+        sft: Any = arguments
+        trainer = sft_trainer(task, model, method.tuner, sft, callbacks)
     else:
         trainer = LoraPlus(
             model, arguments, train_dataset=task.train, data_collator=task.collate, callbacks=[*callbacks]
@@ -182,8 +201,7 @@ def _whole(task: Task, trained: PeftModel, trainer: Trainer) -> PeftModel:
     unset_hf_deepspeed_config()  # or transformers would wait for the other processes wherever it loads a tensor
     if trainer.args.process_index != 0:
         return trained
-    model: PeftModel = PeftModel.from_pretrained(task.fresh_model(), str(folder), is_trainable=True)
-    return model.to(trainer.args.device)
+    return _loaded(task, folder, trainer.args)
 
 
 def with_head(tuner: Mapping[str, Any], task: Task) -> dict[str, Any]:

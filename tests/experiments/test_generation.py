@@ -123,6 +123,15 @@ def test_rows_that_do_not_fit_are_refused_and_answers_without_a_number(settings:
         make_task(train_settings(from_mapping(settings, ["data.answer=nothing"])))
 
 
+def test_what_is_longer_than_the_model_is_refused_before_training(settings: dict[str, Any]) -> None:
+    settings["base"]["max_position_embeddings"] = 48
+    make_task(train_settings(from_mapping(settings)))
+    with pytest.raises(ValueError, match=r"data.max_length=49 is more than the 48 tokens the model takes"):
+        make_task(train_settings(from_mapping(settings, ["data.max_length=49"])))
+    with pytest.raises(ValueError, match=r"sums.jsonl, row \d+, column 'body': \d+ tokens and data.new_tokens=40"):
+        make_task(train_settings(from_mapping(settings, ["data.new_tokens=40"])))
+
+
 def test_random_pairs_are_scored_by_their_characters(settings: dict[str, Any]) -> None:
     settings["data"] = {
         "uuid_pairs": 16,
