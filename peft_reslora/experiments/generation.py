@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.arithmetic import plain_numbers, same_number, value_of
 from peft_reslora.experiments.data import Data, Row, Split, load_data
 from peft_reslora.experiments.pretraining import pretrained
+from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
 from peft_reslora.experiments.task import Batch, Example, Task
 
@@ -36,6 +38,8 @@ def generation_task(settings: TrainSettings) -> Task:
         check_template(tokenizer)
     check_lengths(data, base, tokenizer, settings.data)
     train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
+    if settings.data.chat_template:  # a template may write the day's date: such a run does not go on tomorrow
+        data = replace(data, checksums={**data.checksums, "chats": fingerprint([row["input_ids"] for row in train])})
     if settings.training.get("packing"):
         from peft_reslora.experiments.sft import check_packing
 
@@ -98,7 +102,19 @@ def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedT
     tokenizer = AutoTokenizer.from_pretrained(settings.name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype), tokenizer, []
+    quantized = {"quantization_config": four_bits(settings)} if settings.load_in_4bit else {}
+    base = AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype, **quantized)
+    return base, tokenizer, []
+
+
+def four_bits(settings: BaseSettings) -> BitsAndBytesConfig:
+    """QLoRA's: 4-bit NormalFloat, whose constants are quantized too (arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=settings.dtype,
+    )
 
 
 def prompt_of(settings: DataSettings, row: Row) -> str:

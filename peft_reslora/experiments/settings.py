@@ -76,7 +76,10 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config."""
+    """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config.
+
+    With `load_in_4bit`, a language model is loaded as in QLoRA (arXiv 2305.14314), and computes in `dtype`.
+    """
 
     name: str | None = None
     config: str | None = None
@@ -85,6 +88,7 @@ class BaseSettings:
     head_rows: int = 1000
     vocabulary: int = 2000
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    load_in_4bit: bool = False
     pretrain: PretrainSettings | None = None
 
 
@@ -136,6 +140,9 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     check_tuner(config, ("tuner",), settings.tuner)
     check_training(config, settings.training, SFT_KEYS if settings.task == "generation" else {})
     check_sizes(config, settings.data)
+    if settings.base.load_in_4bit and (settings.task != "generation" or settings.base.name is None):
+        place = config.place(("base", "load_in_4bit"))
+        raise ValueError(f"{place}: base.load_in_4bit is for task=generation and a base with a name.")
     if settings.data.chat_template and settings.task != "generation":
         place = config.place(("data", "chat_template"))
         raise ValueError(f"{place}: data.chat_template is for task=generation, not {settings.task}.")

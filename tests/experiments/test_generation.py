@@ -132,6 +132,25 @@ def test_what_is_longer_than_the_model_is_refused_before_training(settings: dict
         make_task(train_settings(from_mapping(settings, ["data.new_tokens=40"])))
 
 
+def test_a_base_in_four_bits_trains_and_exports(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings["base"] |= {"hidden_size": 64, "intermediate_size": 64}  # of blocks of 64 weights
+    whole = make_task(train_settings(from_mapping(settings)))
+    for part in (whole.base, whole.tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    settings["base"] = {"name": str(tmp_path / "base"), "load_in_4bit": True}
+    metrics = train(settings, "training.max_steps=2", "training.gradient_checkpointing=true")
+    assert metrics["losses"][0] > metrics["losses"][1]
+    task = make_task(train_settings(from_mapping(settings)))
+    assert task.base.is_loaded_in_4bit
+    assert task.fresh_model().is_loaded_in_4bit
+    assert metrics["export"] == {"exact": True, "worst_relative_error": metrics["export"]["worst_relative_error"]}
+    assert metrics["after_merge"] == {}  # bitsandbytes repacks what is evaluated on a CPU
+    settings["task"] = "classification"
+    with pytest.raises(ValueError, match=r"base.load_in_4bit is for task=generation and a base with a name"):
+        train_settings(from_mapping(settings))
+
+
 def test_random_pairs_are_scored_by_their_characters(settings: dict[str, Any]) -> None:
     settings["data"] = {
         "uuid_pairs": 16,

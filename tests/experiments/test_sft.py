@@ -151,6 +151,10 @@ def test_a_chat_is_trained_up_to_the_end_of_its_turn(
         settings, "data.chat_template=true", "training.packing=true", "training.max_steps=1", "export=false"
     )
     assert 0 <= metrics["before_merge"]["test"]["exact_match"] <= 100
+    (tmp_path / "run" / "metrics.json").unlink()
+    give_template(monkeypatch, TEMPLATE.replace("<s>' + m", "<s>another day, ' + m"))
+    with pytest.raises(ValueError, match=r"holds a run on other data: chats changed"):
+        train(settings, *options, "training.max_steps=1", "export=false")
 
 
 def give_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
