@@ -23,7 +23,7 @@ from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.merging import can_merge, merged_metrics
 from peft_reslora.experiments.processes import join_processes, main_first, on_main
 from peft_reslora.experiments.provenance import fingerprint, provenance
-from peft_reslora.experiments.settings import TrainSettings, as_config, train_settings
+from peft_reslora.experiments.settings import SFT_KEYS, TrainSettings, as_config, train_settings
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
 from peft_reslora.experiments.training import (
@@ -66,7 +66,7 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)
-    _check_report(settings)
+    _check_packages(settings)
     processes = join_processes(settings.training)
     on_main(lambda: _check_folder(folder, settings))
     task = main_first(lambda: make_task(settings))
@@ -89,15 +89,18 @@ def resolved(settings: TrainSettings) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def _check_report(settings: TrainSettings) -> None:
-    """Refuse to report to what is not installed.
+def _check_packages(settings: TrainSettings) -> None:
+    """Refuse what needs a package that is not installed.
 
     Raises:
-        ValueError: naming the package.
+        ValueError: naming it, and the key that asks for it.
     """
-    name = settings.report_to
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"report_to={name}: the package is not installed; pip install {name}, or set report_to=none.")
+    needed = {f"report_to={settings.report_to}": settings.report_to} if settings.report_to != "none" else {}
+    needed |= {f"training.{key}": "trl" for key in SFT_KEYS if key in settings.training}
+    needed |= {"base.load_in_4bit": "bitsandbytes"} if settings.base.load_in_4bit else {}
+    for key, name in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{key} needs the package {name}, which is not installed: pip install {name}.")
 
 
 def _tensorboard(

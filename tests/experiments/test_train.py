@@ -135,8 +135,9 @@ def test_logs_for_tensorboard_stay_and_what_is_not_installed_is_named(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="report_to=trackio: the package is not installed; pip install trackio"):
-            train(tiny_run(films, tmp_path / "run"), "report_to=trackio")
+        for option, package in (("report_to=trackio", "trackio"), ("report_to=wandb", "wandb")):
+            with pytest.raises(ValueError, match=f"{option} needs the package {package}.*: pip install {package}"):
+                train(tiny_run(films, tmp_path / "run"), option)
     assert not (tmp_path / "run").exists()
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
