@@ -19,6 +19,7 @@ from peft_reslora.experiments.compare_settings import CompareSettings, as_train_
 from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.cost import relative_cost
 from peft_reslora.experiments.lines import Line, append_line, read_lines
+from peft_reslora.experiments.processes import refuse_several_processes
 from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.rates import best_quarter, nearest_quarter, next_quarters, rate_of
 from peft_reslora.experiments.report import write_report
@@ -26,7 +27,6 @@ from peft_reslora.experiments.run import (
     file_size,
     finite,
     measure,
-    refuse_several_processes,
     save_adapter,
     write_json,
     write_whole,

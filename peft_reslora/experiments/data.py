@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,33 @@ def read_file(path: Path) -> list[Row]:
     try:
         return readers[path.suffix](path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+        raise ValueError(f"{_first_bad_cell(path)}: no UTF-8 ({error.reason}); save the file as UTF-8.") from error
+
+
+def _first_bad_cell(path: Path) -> str:
+    """Place of the first byte that is no UTF-8; of a column only where its name is known."""
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+    if path.suffix == ".jsonl":
+        return f"{path}, row {before.count(chr(10)) + 1}"
+    header, *rows = _cells(path, io.StringIO(f"{before}?", newline=""))
+    column = f", column {header[len(rows[-1]) - 1]!r}" if rows and len(rows[-1]) <= len(header) else ""
+    return f"{path}, row {len(rows)}{column}"
+
+
+def _cells(path: Path, file: Iterable[str]) -> Iterator[list[str]]:
+    """The cells of each line; those of a tsv are never quoted."""
+    if path.suffix == ".tsv":
+        return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(file)
 
 
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
-        plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        lines = csv.reader(file, **(plain if path.suffix == ".tsv" else {}))  # type: ignore[arg-type]
+        lines = _cells(path, file)
         header = next(lines, [])
         rows = []
         for number, cells in enumerate(lines, start=1):
@@ -162,8 +183,8 @@ def check_rows(split: Split, columns: Sequence[str]) -> None:
         for column in columns:
             if column not in row:
                 raise ValueError(f"{split.place(index, column)}: no such column; there are {', '.join(row)}.")
-            if row[column] is None or row[column] == "":
-                raise ValueError(f"{split.place(index, column)}: empty.")
+            if row[column] is None or row[column] == "" or row[column] != row[column]:
+                raise ValueError(f"{split.place(index, column)}: empty{' (NaN)' if row[column] else ''}.")
 
 
 def _cut(read: Mapping[str, Split], settings: DataSettings) -> dict[str, Split]:
@@ -177,7 +198,10 @@ def _cut(read: Mapping[str, Split], settings: DataSettings) -> dict[str, Split]:
     limits = {name: getattr(settings, f"{name}_rows") for name in SPLITS}
     splits = {name: _part(splits[name], 0, limits[name]) for name in SPLITS if name in splits}
     if not splits["train"].rows:
-        raise ValueError(f"{splits['train'].source}: validation_rows={settings.validation_rows} leaves none to train.")
+        raise ValueError(
+            f"{splits['train'].source}: validation_rows={settings.validation_rows} and test_rows={settings.test_rows} "
+            f"leave none of its {len(read['train'].rows)} rows to train."
+        )
     return splits
 
 

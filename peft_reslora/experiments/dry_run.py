@@ -62,7 +62,7 @@ def _sizes(settings: TrainSettings, data: Data | None) -> str:
 
 
 def _steps(settings: TrainSettings, data: Data | None) -> str:
-    if settings.training.get("max_steps", -1) <= 0 and data is None:
+    if settings.training.get("max_steps", -1) <= 0 and (data is None or settings.training.get("packing")):
         return f"{settings.training.get('num_train_epochs', 3)} epochs"
     rows = len(data.splits["train"].rows) if data else 0
     return str(planned_steps(settings.training, rows))

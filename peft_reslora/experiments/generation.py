@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.arithmetic import plain_numbers, same_number, value_of
 from peft_reslora.experiments.data import Data, Row, Split, load_data
 from peft_reslora.experiments.pretraining import pretrained
+from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
 from peft_reslora.experiments.task import Batch, Example, Task
 
 _IGNORED = -100  # what transformers leaves out of the loss
 _BATCH = 50
+
+Prompt = str | list[int]
+"""A text, or the ids of one that is encoded."""
 
 
 def generation_task(settings: TrainSettings) -> Task:
@@ -29,10 +34,19 @@ def generation_task(settings: TrainSettings) -> Task:
     data = load_data(settings.data, columns)
     metric, score = _metric(settings.data, data)
     base, tokenizer, held_out = load_generation_base(settings.base)
-    train = encode_pairs(data.splits["train"], tokenizer, settings.data)
+    if settings.data.chat_template:
+        check_template(tokenizer)
+    check_lengths(data, base, tokenizer, settings.data)
+    train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
+    if settings.data.chat_template:  # a template may write the day's date: such a run does not go on tomorrow
+        data = replace(data, checksums={**data.checksums, "chats": fingerprint([row["input_ids"] for row in train])})
+    if settings.training.get("packing"):
+        from peft_reslora.experiments.sft import check_packing
+
+        check_packing(base, train)
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
-        prompts = [prompt_of(settings.data, row) for row in data.splits[split].rows]
+        prompts = prompts_of(data.splits[split], tokenizer, settings.data)
         texts = complete(model, tokenizer, prompts, settings.data.new_tokens)
         return {metric: score(texts, split)}
 
@@ -88,7 +102,19 @@ def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedT
     tokenizer = AutoTokenizer.from_pretrained(settings.name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype), tokenizer, []
+    quantized = {"quantization_config": four_bits(settings)} if settings.load_in_4bit else {}
+    base = AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype, **quantized)
+    return base, tokenizer, []
+
+
+def four_bits(settings: BaseSettings) -> BitsAndBytesConfig:
+    """QLoRA's: 4-bit NormalFloat, whose constants are quantized too (arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=settings.dtype,
+    )
 
 
 def prompt_of(settings: DataSettings, row: Row) -> str:
@@ -96,23 +122,107 @@ def prompt_of(settings: DataSettings, row: Row) -> str:
     return plain_numbers(". ".join(str(row[column]).strip().rstrip(".") for column in settings.text)) + "\n"
 
 
-def encode_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Example]:
-    """Ids of prompt and completion with their labels.
+def prompts_of(split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[Prompt]:
+    """What is completed; of chats the ids."""
+    texts = [prompt_of(settings, row) for row in split.rows]
+    return [chat_ids(tokenizer, settings, text) for text in texts] if settings.chat_template else [*texts]
+
+
+def check_lengths(data: Data, base: Any, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
+    """Refuse what is longer than the model has positions, before hours of training.
+
+    Raises:
+        ValueError: for `max_length`, or the first row to be completed that is too long: file, row and column.
+    """
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if settings.max_length > limit:
+        raise ValueError(f"data.max_length={settings.max_length} is more than the {limit} tokens the model takes.")
+    for split in (split for name, split in data.splits.items() if name != "train"):
+        for index, prompt in enumerate(prompts_of(split, tokenizer, settings)):
+            tokens = len(_ids(tokenizer, prompt, start=True) if isinstance(prompt, str) else prompt)
+            if tokens + settings.new_tokens > limit:
+                raise ValueError(
+                    f"{split.place(index, settings.text[0])}: {tokens} tokens and data.new_tokens="
+                    f"{settings.new_tokens} are more than the {limit} that the model takes; take the row out."
+                )
+
+
+def encode_pairs(
+    split: Split, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, training: Mapping[str, Any] | None = None
+) -> list[Example]:
+    """Ids of prompt and completion with their labels; with `completion_only_loss: false` those of the prompt too.
 
     Raises:
         ValueError: for the first row longer than `max_length`: cutting it would cut off what is to be learned.
     """
+    encode = chat_pair if settings.chat_template else plain_pair
+    only_completion = (training or {}).get("completion_only_loss", True)
     rows = []
     for index, row in enumerate(split.rows):
-        prompt = _ids(tokenizer, prompt_of(settings, row), start=True)
-        completion = [*_ids(tokenizer, plain_numbers(str(row[settings.label]))), tokenizer.eos_token_id]
+        prompt, completion = encode(tokenizer, settings, row)
         if len(prompt) + len(completion) > settings.max_length:
             raise ValueError(
                 f"{split.place(index, settings.label)}: {len(prompt) + len(completion)} tokens with the prompt, more "
                 f"than data.max_length={settings.max_length}; raise it."
             )
-        rows.append({"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion})
+        before = [_IGNORED] * len(prompt) if only_completion else prompt
+        rows.append({"input_ids": prompt + completion, "labels": before + completion})
     return rows
+
+
+def plain_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: Row) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the completion with the token that ends it."""
+    completion = _ids(tokenizer, plain_numbers(str(row[settings.label])))
+    return _ids(tokenizer, prompt_of(settings, row), start=True), [*completion, tokenizer.eos_token_id]
+
+
+def chat_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: Row) -> tuple[list[int], list[int]]:
+    """The same as the template of a chat writes it, up to the token that ends the assistant's turn.
+
+    Raises:
+        ValueError: if the template writes the conversation in another way than its beginning.
+    """
+    prompt = prompt_of(settings, row)
+    before, whole = (
+        chat_ids(tokenizer, settings, prompt, answer) for answer in (None, plain_numbers(str(row[settings.label])))
+    )
+    if whole[: len(before)] != before:
+        raise ValueError(
+            f"data.chat_template: the template of {tokenizer.name_or_path} writes a turn that ends in another way "
+            "than one that begins; set data.chat_template_kwargs (such as {enable_thinking: false}), or leave "
+            "chat_template out."
+        )
+    completion = whole[len(before) :]
+    special = {*tokenizer.all_special_ids}
+    last = max((i for i, token in enumerate(completion) if token in special), default=None)
+    return before, [*completion, tokenizer.eos_token_id] if last is None else completion[: last + 1]
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, prompt: str, answer: str | None = None
+) -> list[int]:
+    """Ids of a conversation; without an answer, up to where the assistant begins."""
+    turns = [{"role": "user", "content": prompt.rstrip("\n")}]
+    turns += [{"role": "assistant", "content": answer}] if answer is not None else []
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=answer is None, **settings.chat_template_kwargs
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a template for chats.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"data.chat_template: the tokenizer {tokenizer.name_or_path} has no chat template; take a base that was "
+            "trained to chat, or leave chat_template out."
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, start: bool = False) -> list[int]:
@@ -136,9 +246,12 @@ def completion_collator(pad: int) -> Any:
 
 
 def complete(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int
 ) -> list[str]:
-    """Greedy completions, in batches of prompts of about the same length; in the order of the prompts."""
+    """Greedy completions, in batches of prompts of about the same length; in the order of the prompts.
+
+    Those of prompts that are ids, as of a chat, end with the first special token, such as that which ends a turn.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -152,16 +265,17 @@ def complete(
     return texts
 
 
-def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    encoded = [_ids(tokenizer, prompt, start=True) for prompt in prompts]
+def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int) -> list[str]:
+    encoded = [_ids(tokenizer, prompt, start=True) if isinstance(prompt, str) else prompt for prompt in prompts]
     longest = max(map(len, encoded))
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
+    ends = {} if isinstance(prompts[0], str) else {"eos_token_id": tokenizer.all_special_ids}
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
     with torch.no_grad():
         found: Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, **ends
         )
     return list(tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True))
 

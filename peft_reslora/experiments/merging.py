@@ -15,8 +15,13 @@ Metrics = dict[str, float]
 
 
 def can_merge(model: PeftModel) -> bool:
-    """Whether the tuner goes into the base's weights; prompts and prefixes do not."""
-    return hasattr(model.base_model, "merge_and_unload")
+    """Whether the tuner goes into the base's weights; prompts and prefixes do not.
+
+    Nor does any into 4 bits that were evaluated on a CPU, where bitsandbytes may repack them for good.
+    """
+    base: Any = model.get_base_model()
+    repacked = getattr(base, "is_loaded_in_4bit", False) and base.device.type == "cpu"
+    return hasattr(model.base_model, "merge_and_unload") and not repacked
 
 
 def estimates_shortcuts(model: PeftModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from peft_reslora.experiments.card import run_card
 from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.merging import can_merge, merged_metrics
+from peft_reslora.experiments.processes import join_processes, main_first, on_main
 from peft_reslora.experiments.provenance import fingerprint, provenance
-from peft_reslora.experiments.settings import TrainSettings, as_config, train_settings
+from peft_reslora.experiments.settings import SFT_KEYS, TrainSettings, as_config, train_settings
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
 from peft_reslora.experiments.training import (
@@ -35,7 +39,7 @@ from peft_reslora.export import save_as_lora
 
 ADAPTER, LORA, MERGED, BASE = "adapter", "lora", "merged", "base"
 METRICS, CONFIG, RUN = "metrics.json", "config.yaml", "run.json"
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 
 
@@ -58,44 +62,56 @@ def train(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, 
 
 
 def train_with(settings: TrainSettings) -> dict[str, Any]:
-    """`train` with settings that are checked.
-
-    Raises:
-        ValueError: under a launcher with several processes, which would write one folder at the same time.
-    """
-    refuse_several_processes("train")
+    """`train` with settings that are checked; of several processes, all train and the main one does all else."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)
-    _check_folder(folder, settings)
-    task = make_task(settings)
-    checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS)
-    _check_resume(folder, settings, task.data.checksums, checkpoint)
+    _check_packages(settings)
+    processes = join_processes(settings.training)
+    on_main(lambda: _check_folder(folder, settings))
+    task = main_first(lambda: make_task(settings))
     arguments = training_arguments(
-        {**_SAVING, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
+        {**_SAVING, **settings.training},
+        settings.seed,
+        folder / _CHECKPOINTS,
+        "none" if settings.report_to == "tensorboard" else settings.report_to,
+        settings.data.max_length,
     )
-    _start(folder, settings, task)
+    checkpoint = on_main(lambda: _start(folder, settings, task, processes))
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
-    steps = planned_steps(settings.training, len(task.train))
-    trained = fit(task, method, arguments, steps, resume=checkpoint)
-    return _finish(folder, settings, task, trained)
-
-
-def refuse_several_processes(command: str) -> None:
-    """Refuse a launcher's processes, which would write one folder at the same time.
-
-    Raises:
-        ValueError: if there is more than one.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"peft-reslora {command} runs in one process so far; start it without accelerate launch or torchrun."
-        )
+    steps = planned_steps(settings.training, len(task.train), processes)
+    trained = fit(task, method, arguments, steps, _tensorboard(folder, settings, arguments), resume=checkpoint)
+    return on_main(lambda: _finish(folder, settings, task, trained))
 
 
 def resolved(settings: TrainSettings) -> dict[str, Any]:
     """All settings with their defaults, as YAML and JSON hold them."""
     return dataclasses.asdict(settings)
+
+
+def _check_packages(settings: TrainSettings) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises:
+        ValueError: naming it, and the key that asks for it.
+    """
+    needed = {f"report_to={settings.report_to}": settings.report_to} if settings.report_to != "none" else {}
+    needed |= {f"training.{key}": "trl" for key in SFT_KEYS if key in settings.training}
+    needed |= {"base.load_in_4bit": "bitsandbytes"} if settings.base.load_in_4bit else {}
+    for key, name in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{key} needs the package {name}, which is not installed: pip install {name}.")
+
+
+def _tensorboard(
+    folder: Path, settings: TrainSettings, arguments: TrainingArguments
+) -> tuple[TensorBoardCallback, ...]:
+    """Logs for TensorBoard in a folder that stays, where the Trainer's own would end with the checkpoints."""
+    if settings.report_to != "tensorboard" or arguments.process_index != 0:
+        return ()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return (TensorBoardCallback(SummaryWriter(str(folder / _LOGS))),)
 
 
 def _identity(settings: TrainSettings) -> str:
@@ -116,11 +132,17 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
 
 
 def _check_resume(
-    folder: Path, settings: TrainSettings, checksums: Mapping[str, str], checkpoint: Path | None
+    folder: Path, settings: TrainSettings, checksums: Mapping[str, str], checkpoint: Path | None, processes: int
 ) -> None:
     """Refuse to go on where the numbers would not be those of an uninterrupted run."""
     if (folder / RUN).is_file():
-        started = json.loads((folder / RUN).read_text(encoding="utf-8"))["data_sha256"]
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if (before := run.get("processes", 1)) != processes:
+            raise ValueError(
+                f"{folder} holds a run of {before} processes, and this one has {processes}, which would divide the "
+                "rows in another way; start as many, or give another output_dir."
+            )
+        started = run["data_sha256"]
         if changed := sorted(name for name in {*started, *checksums} if started.get(name) != checksums.get(name)):
             raise ValueError(
                 f"{folder} holds a run on other data: {', '.join(changed)} changed since it began ({RUN} there); give "
@@ -133,11 +155,16 @@ def _check_resume(
         )
 
 
-def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
+def _start(folder: Path, settings: TrainSettings, task: Task, processes: int) -> Path | None:
+    """Write what is known before the training; the checkpoint to go on from, if there is one."""
+    checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS, processes)
+    _check_resume(folder, settings, task.data.checksums, checkpoint, processes)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(as_config(settings), sort_keys=False, allow_unicode=True)
     write_whole(folder / CONFIG, text)
-    write_json(folder / RUN, {"identity": _identity(settings), **provenance(task.data.checksums)})
+    found = {"identity": _identity(settings), "processes": processes, **provenance(task.data.checksums)}
+    write_json(folder / RUN, found)
+    return checkpoint
 
 
 def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class HubData:
 class DataSettings:
     """Where the rows come from: the Hub, or `files` (csv, tsv, jsonl, parquet) in `folder`, which goes first.
 
-    Or `uuid_pairs` random ones, which are learned by heart: all splits are the same.
+    Or `uuid_pairs` random ones, which are learned by heart: all splits are the same. With `chat_template`, prompt and
+    completion are the turns of a user and an assistant, as the tokenizer's template writes them.
     """
 
     hub: HubData | None = None
@@ -45,6 +46,8 @@ class DataSettings:
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
+    chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: int = 64
     too_long: Literal["truncate", "refuse"] = "truncate"
 
@@ -73,7 +76,10 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config."""
+    """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config.
+
+    With `load_in_4bit`, a language model is loaded as in QLoRA (arXiv 2305.14314), and computes in `dtype`.
+    """
 
     name: str | None = None
     config: str | None = None
@@ -82,6 +88,7 @@ class BaseSettings:
     head_rows: int = 1000
     vocabulary: int = 2000
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    load_in_4bit: bool = False
     pretrain: PretrainSettings | None = None
 
 
@@ -115,6 +122,8 @@ _SET_ELSEWHERE = {
     "remove_unused_columns": None,
     "resume_from_checkpoint": None,
 }
+SFT_KEYS = {"packing": bool, "completion_only_loss": bool}
+"""Arguments of TRL's SFTConfig; a run of generation that has one is trained by its SFTTrainer."""
 _GROUPED = "group_by_length"  # an argument of its own, or a value of train_sampling_strategy
 
 
@@ -129,8 +138,14 @@ def train_settings(config: ConfigFile) -> TrainSettings:
         values["base"] = base_values(config, values["base"])
     settings = build(TrainSettings, ConfigFile(values, config.places))
     check_tuner(config, ("tuner",), settings.tuner)
-    check_training(config, settings.training)
+    check_training(config, settings.training, SFT_KEYS if settings.task == "generation" else {})
     check_sizes(config, settings.data)
+    if settings.base.load_in_4bit and (settings.task != "generation" or settings.base.name is None):
+        place = config.place(("base", "load_in_4bit"))
+        raise ValueError(f"{place}: base.load_in_4bit is for task=generation and a base with a name.")
+    if settings.data.chat_template and settings.task != "generation":
+        place = config.place(("data", "chat_template"))
+        raise ValueError(f"{place}: data.chat_template is for task=generation, not {settings.task}.")
     return settings
 
 
@@ -199,11 +214,12 @@ def check_tuner(config: ConfigFile, key: tuple[str, ...], tuner: Mapping[str, An
             check_type(config, (*key, name), hints.get(name, Any), value)
 
 
-def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
-    """Refuse what TrainingArguments does not have, what stands elsewhere in the file, and rows grouped by length."""
+def check_training(config: ConfigFile, training: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
+    """Refuse what neither TrainingArguments nor `more` has, what stands elsewhere, and rows grouped by length."""
     from transformers import TrainingArguments
 
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    hints = {**_hints(TrainingArguments), **(more or {})}
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init] + list(more or {})
     for name in training:
         if name in _SET_ELSEWHERE:
             instead = _SET_ELSEWHERE[name]
@@ -216,7 +232,6 @@ def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
                 "the tuner; leave it out."
             )
     refuse_unknown_keys(config, ("training",), training, [name for name in known if name not in _SET_ELSEWHERE])
-    hints = _hints(TrainingArguments)
     for name, value in training.items():
         check_type(config, ("training", name), hints.get(name, Any), value)
 

@@ -117,3 +117,30 @@ def test_a_missing_test_split_is_cut_from_training(tmp_path: Path) -> None:
     data = load(folder, files={"train": "train.tsv"}, test_rows=30)
     assert data.sizes() == {"train": 90, "validation": 40, "test": 30}
     assert len({n for split in data.splits.values() for n in split.numbers}) == 160
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("d.tsv", b"a\tb\nx\ty\nx\t\xff\n", r"d.tsv, row 2, column 'b': no UTF-8"),
+        ("d.csv", b'a,b\n"x, y",1\n\xe9,2\n', r"d.csv, row 2, column 'a': no UTF-8"),
+        ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"d.jsonl, row 2: no UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_utf8_is_refused_with_its_place(tmp_path: Path, name: str, text: bytes, place: str) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=place):
+        read_file(tmp_path / name)
+
+
+def test_nan_is_no_class(tmp_path: Path) -> None:
+    folder = write_films(tmp_path)
+    rows = [{"sentence": "fine", "label": 1}, {"sentence": "dull", "label": float("nan")}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test.jsonl, row 2, column 'label': empty \(NaN\)"):
+        load(folder, files={**FILES, "test": "test.jsonl"})
+
+
+def test_splits_that_leave_nothing_to_train_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation_rows=100 and test_rows=60 leave none of its 160 rows to train"):
+        load(write_films(tmp_path), files={"train": "train.tsv"}, validation_rows=100, test_rows=60)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_runs import tiny_run
+from helpers.tiny_runs import tiny_generation, write_sums
 
 from peft_reslora.experiments import pretraining, train
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, same_number, unmask, value_of
@@ -57,53 +55,13 @@ def test_masked_problems_are_filled_in() -> None:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sums")
-    draw = random.Random(0)
-    rows = []
-    for _ in range(120):
-        a, b = draw.randrange(10), draw.randrange(10)
-        rows.append(
-            {"body": f"Tom has {a}", "question": f"He gets {b} more", "equation": f"{a} + {b}", "answer": a + b}
-        )
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "sums.jsonl").write_text(text, encoding="utf-8")
-    return folder
+    return write_sums(tmp_path_factory.mktemp("sums"))
 
 
 @pytest.fixture
 def settings(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("PEFT_RESLORA_CACHE", str(sums / "cache"))
-    return tiny_run(
-        sums,
-        tmp_path / "run",
-        task="generation",
-        base={
-            "config": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "vocabulary": 300,
-            "pretrain": {
-                "sources": [{"text": "{body} {question} {equation}", "file": "sums.jsonl"}],
-                "folder": str(sums),
-                "steps": 3,
-                "length": 32,
-            },
-        },
-        data={
-            "folder": str(sums),
-            "files": {"train": "sums.jsonl"},
-            "text": ["body", "question"],
-            "label": "equation",
-            "answer": "answer",
-            "validation_rows": 10,
-            "test_rows": 20,
-            "max_length": 48,
-            "new_tokens": 6,
-        },
-        tuner={"peft_type": "RESLORA", "r": 2, "target_modules": "all-linear", "shortcut": "block"},
-    )
+    return tiny_generation(sums, tmp_path / "run")
 
 
 def test_a_run_measures_exact_match_and_what_the_base_forgot(settings: dict[str, Any]) -> None:
@@ -163,6 +121,34 @@ def test_rows_that_do_not_fit_are_refused_and_answers_without_a_number(settings:
         make_task(train_settings(from_mapping(settings, ["data.max_length=8"])))
     with pytest.raises(ValueError, match=r"sums.jsonl, row \d+, column 'question'.*holds no number|no such column"):
         make_task(train_settings(from_mapping(settings, ["data.answer=nothing"])))
+
+
+def test_what_is_longer_than_the_model_is_refused_before_training(settings: dict[str, Any]) -> None:
+    settings["base"]["max_position_embeddings"] = 48
+    make_task(train_settings(from_mapping(settings)))
+    with pytest.raises(ValueError, match=r"data.max_length=49 is more than the 48 tokens the model takes"):
+        make_task(train_settings(from_mapping(settings, ["data.max_length=49"])))
+    with pytest.raises(ValueError, match=r"sums.jsonl, row \d+, column 'body': \d+ tokens and data.new_tokens=40"):
+        make_task(train_settings(from_mapping(settings, ["data.new_tokens=40"])))
+
+
+def test_a_base_in_four_bits_trains_and_exports(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings["base"] |= {"hidden_size": 64, "intermediate_size": 64}  # of blocks of 64 weights
+    whole = make_task(train_settings(from_mapping(settings)))
+    for part in (whole.base, whole.tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    settings["base"] = {"name": str(tmp_path / "base"), "load_in_4bit": True}
+    metrics = train(settings, "training.max_steps=2", "training.gradient_checkpointing=true")
+    assert metrics["losses"][0] > metrics["losses"][1]
+    task = make_task(train_settings(from_mapping(settings)))
+    assert task.base.is_loaded_in_4bit
+    assert task.fresh_model().is_loaded_in_4bit
+    assert metrics["export"] == {"exact": True, "worst_relative_error": metrics["export"]["worst_relative_error"]}
+    assert metrics["after_merge"] == {}  # bitsandbytes repacks what is evaluated on a CPU
+    settings["task"] = "classification"
+    with pytest.raises(ValueError, match=r"base.load_in_4bit is for task=generation and a base with a name"):
+        train_settings(from_mapping(settings))
 
 
 def test_random_pairs_are_scored_by_their_characters(settings: dict[str, Any]) -> None:

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.tiny_runs import read_metrics, tiny_run, write_films
+from helpers.tiny_runs import Killed, read_metrics, stop_at, tiny_run, write_films
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from peft_reslora.experiments import train, training
+from peft_reslora.experiments import run, train, training
 from peft_reslora.experiments.config_file import from_mapping
 from peft_reslora.experiments.dry_run import describe_run
 from peft_reslora.experiments.run import train_with
 from peft_reslora.experiments.settings import train_settings
 from peft_reslora.experiments.tasks import make_task
+from peft_reslora.experiments.trainers import LoraPlus
 
 
 @pytest.fixture(scope="module")
@@ -67,30 +68,13 @@ def test_the_saved_adapter_and_its_export_do_as_well_as_was_measured(films: Path
 NO_DROPOUT = ("base.hidden_dropout_prob=0.0", "base.attention_probs_dropout_prob=0.0")
 
 
-class Killed(BaseException):
-    """Stands for a signal that a process does not survive."""
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = training._TaskLoss.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    monkeypatch.setattr(training._TaskLoss, "on_step_end", on_step_end)
-
-
 def test_a_run_that_was_killed_gives_the_same_numbers(
     films: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, norms that ResLoRA records, and a last checkpoint that was not written to its end."""
     settings = tiny_run(films, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_at(7, patch)
-        with pytest.raises(Killed):
-            train(settings)
+    with monkeypatch.context() as patch, pytest.raises(stop_at(7, patch)):
+        train(settings)
     last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
     state = (last / "trainer_state.json").read_text(encoding="utf-8")
     (last / "trainer_state.json").write_text(state[: len(state) // 2], encoding="utf-8")
@@ -103,15 +87,65 @@ def test_kill_9_at_any_moment_gives_the_same_numbers(films: Path, finished: Path
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_run(films, tmp_path / "run")), encoding="utf-8")
     command = [sys.executable, "-m", "peft_reslora_cli", "train", str(file)]
-    for step in (2, 5, 9):
+    for file in ("checkpoints/checkpoint-2", "checkpoints/checkpoint-9", "checkpoints/checkpoint-10", "base", "lora"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        checkpoint = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
-        while process.poll() is None and not checkpoint.exists():
+        while process.poll() is None and not (tmp_path / "run" / file).exists():
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
     assert read_metrics(tmp_path / "run") == read_metrics(finished)
+
+
+MOMENTS = ["before_anything", "measure", "merged_metrics", "save_adapter", "_export", "run_card"]
+
+
+@pytest.mark.quick(moment=["merged_metrics", "save_adapter"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_was_killed_after_its_training_gives_the_same_numbers(
+    films: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """While it measured, merged, or wrote, of which a half is left."""
+    settings = tiny_run(films, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        if moment == "before_anything":
+            patch.setattr(run, "fit", killed)
+        else:
+            patch.setattr(run, moment, half_saved if moment == "save_adapter" else killed)
+        with pytest.raises(Killed):
+            train(settings)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    train(settings)
+    assert read_metrics(tmp_path / "run") == read_metrics(finished)
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def half_saved(trained: Any, folder: Path) -> None:
+    trained.model.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    raise Killed
+
+
+def test_logs_for_tensorboard_stay_and_what_is_not_installed_is_named(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        for option, package in (("report_to=trackio", "trackio"), ("report_to=wandb", "wandb")):
+            with pytest.raises(ValueError, match=f"{option} needs the package {package}.*: pip install {package}"):
+                train(tiny_run(films, tmp_path / "run"), option)
+    assert not (tmp_path / "run").exists()
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("report_to=tensorboard", "training.logging_steps=1", "training.max_steps=3", "export=false")
+    train(tiny_run(films, tmp_path / "run"), *options)
+    events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_a_folder_with_another_run_or_other_files_is_left_alone(films: Path, finished: Path, tmp_path: Path) -> None:
@@ -172,7 +206,7 @@ def test_lora_plus_trains_b_at_the_multiplied_rate(films: Path, tmp_path: Path) 
     settings = train_settings(from_mapping(tiny_run(films, tmp_path), ["tuner.lora_dropout=0.0"]))
     task = make_task(settings)
     arguments = training.training_arguments(settings.training, 0, tmp_path, "none")
-    trainer = training._Trainer(training.adapt(task.fresh_model(), training.make_config(settings.tuner)), arguments)
+    trainer = LoraPlus(training.adapt(task.fresh_model(), training.make_config(settings.tuner)), arguments)
     trainer.loraplus_lr_ratio = 16.0
     rates = {
         id(parameter): group["lr"]
@@ -201,12 +235,6 @@ def test_threads_are_those_of_the_settings(films: Path, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-def test_several_processes_are_refused(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process so far"):
-        train(tiny_run(films, tmp_path / "run"))
 
 
 def test_fewer_rows_than_a_batch_are_refused(films: Path, tmp_path: Path) -> None:

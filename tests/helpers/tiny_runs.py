@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from peft_reslora.experiments import training
+
 GOOD, BAD = ["good", "great", "lovely", "fine"], ["bad", "awful", "dull", "poor"]
 
 
@@ -61,6 +65,56 @@ def tiny_run(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return {**settings, **changes}
 
 
+def write_sums(folder: Path) -> Path:
+    """sums.jsonl, where Tom gets more of what he has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    rows = []
+    for _ in range(120):
+        a, b = draw.randrange(10), draw.randrange(10)
+        rows.append(
+            {"body": f"Tom has {a}", "question": f"He gets {b} more", "equation": f"{a} + {b}", "answer": a + b}
+        )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "sums.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def tiny_generation(sums: Path, output: Path) -> dict[str, Any]:
+    """A run of generation on a tiny Llama, which is pretrained for three steps."""
+    return tiny_run(
+        sums,
+        output,
+        task="generation",
+        base={
+            "config": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "vocabulary": 300,
+            "pretrain": {
+                "sources": [{"text": "{body} {question} {equation}", "file": "sums.jsonl"}],
+                "folder": str(sums),
+                "steps": 3,
+                "length": 32,
+            },
+        },
+        data={
+            "folder": str(sums),
+            "files": {"train": "sums.jsonl"},
+            "text": ["body", "question"],
+            "label": "equation",
+            "answer": "answer",
+            "validation_rows": 10,
+            "test_rows": 20,
+            "max_length": 48,
+            "new_tokens": 6,
+        },
+        tuner={"peft_type": "RESLORA", "r": 2, "target_modules": "all-linear", "shortcut": "block"},
+    )
+
+
 def tiny_comparison(data: Path, output: Path) -> dict[str, Any]:
     """A comparison's settings: LoRA, a ResLoRA, and a DoRA that cannot have as many parameters."""
     run = tiny_run(data, output)
@@ -89,3 +143,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """What a run measured, without what no two runs share."""
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {name: value for name, value in metrics.items() if name != "train_seconds"}
+
+
+class Killed(BaseException):
+    """Stands for a signal that a process does not survive."""
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> type[BaseException]:
+    """Let a training end without any more ado after a step, by the exception that is returned."""
+    original = training._TaskLoss.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(training._TaskLoss, "on_step_end", on_step_end)
+    return Killed
