@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from peft_reslora.experiments.config_file import ConfigFile, build, check_type, refuse_unknown_keys
 
-TaskName = Literal["classification", "regression", "generation"]
+TaskName = Literal["classification", "regression", "generation", "choice"]
 Head = Literal["fit", "train"]
 
 
@@ -39,6 +39,7 @@ class DataSettings:
     text: list[str] = field(default_factory=lambda: ["text"])
     label: str = "label"
     answer: str | None = None
+    endings: str | None = None
     new_tokens: int = 24
     match: Literal["number", "characters"] = "number"
     uuid_pairs: int | None = None
