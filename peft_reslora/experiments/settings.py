@@ -99,6 +99,7 @@ class TrainSettings:
     seed: int = 0
     loraplus_lr_ratio: float | None = None
     calibration_rows: int = 0
+    annealed: bool = False
     merge: bool = False
     export: bool = True
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -130,6 +131,7 @@ def train_settings(config: ConfigFile) -> TrainSettings:
         values["base"] = base_values(config, values["base"])
     settings = build(TrainSettings, ConfigFile(values, config.places))
     check_tuner(config, ("tuner",), settings.tuner)
+    check_annealed(config, ("annealed",), settings.annealed, settings.tuner)
     check_training(config, settings.training)
     check_sizes(config, settings.data)
     return settings
@@ -198,6 +200,21 @@ def check_tuner(config: ConfigFile, key: tuple[str, ...], tuner: Mapping[str, An
     for name, value in tuner.items():
         if name not in ("peft_type", "task_type"):
             check_type(config, (*key, name), hints.get(name, Any), value)
+
+
+def check_annealed(config: ConfigFile, key: tuple[str, ...], annealed: bool, tuner: Mapping[str, Any]) -> None:
+    """Refuse to train away shortcuts that are not there, or that merge exactly as they are.
+
+    Raises:
+        ValueError: with the place, what the tuner is and what it must be.
+    """
+    shortcut = tuner.get("shortcut", "block") if tuner["peft_type"] == "RESLORA" else None
+    if annealed and shortcut not in ("input", "middle"):
+        found = tuner["peft_type"] if shortcut is None else f"RESLORA with shortcut={shortcut!r}"
+        raise ValueError(
+            f"{config.place(key)}: {'.'.join(key)}=true needs RESLORA with shortcut 'input' or 'middle', whose merge "
+            f"is an estimate, not {found}."
+        )
 
 
 def check_training(config: ConfigFile, training: Mapping[str, Any]) -> None:
