@@ -17,7 +17,8 @@ import yaml
 
 from peft_reslora.experiments.card import run_card
 from peft_reslora.experiments.config_file import from_mapping, read_config
-from peft_reslora.experiments.merging import can_merge, merged_metrics
+from peft_reslora.experiments.merging import annealing, can_merge, merged_metrics
+from peft_reslora.experiments.method_comparison import RESULT, RunLog, comparison_result
 from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.settings import TrainSettings, as_config, train_settings
 from peft_reslora.experiments.task import Task
@@ -68,17 +69,20 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.output_dir)
     _check_folder(folder, settings)
+    log = RunLog(gpu=torch.cuda.is_available() and not settings.training.get("use_cpu"))
     task = make_task(settings)
     checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS)
     _check_resume(folder, settings, task.data.checksums, checkpoint)
+    counting = {"include_num_input_tokens_seen": "non_padding"} if task.tokenizer is not None else {}
     arguments = training_arguments(
-        {**_SAVING, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
+        {**_SAVING, **counting, **settings.training}, settings.seed, folder / _CHECKPOINTS, settings.report_to
     )
     _start(folder, settings, task)
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train))
-    trained = fit(task, method, arguments, steps, resume=checkpoint)
-    return _finish(folder, settings, task, trained)
+    callbacks = (log, *(annealing(task, settings.calibration_rows) if settings.annealed else ()))
+    trained = fit(task, method, arguments, steps, callbacks, checkpoint)
+    return _finish(folder, settings, task, trained, log)
 
 
 def refuse_several_processes(command: str) -> None:
@@ -140,7 +144,7 @@ def _start(folder: Path, settings: TrainSettings, task: Task) -> None:
     write_json(folder / RUN, {"identity": _identity(settings), **provenance(task.data.checksums)})
 
 
-def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:
+def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained, log: RunLog) -> dict[str, Any]:
     splits = [name for name in task.data.splits if name != "train"]
     metrics = measure(task, trained, settings.calibration_rows, splits)
     if trained.diverged:
@@ -154,6 +158,8 @@ def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained)
     save_adapter(trained, folder / ADAPTER)
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(folder / ADAPTER)
+    size = file_size(folder / ADAPTER)
+    write_json(folder / RESULT, comparison_result(settings, task, trained, metrics, size, log))
     metrics["export"] = _export(folder, trained) if settings.export else None
     if settings.merge and can_merge(trained.model):
         trained.model.merge_and_unload().save_pretrained(str(folder / MERGED))
