@@ -383,7 +383,9 @@ def rates_tried(depth: Depth) -> list[str]:
     tried = {method: depth.rates(method) for method in [LORA, *present(depth)]}
     found = [f"{m}: {', '.join(f'{rate:g} {loss:.4f}' for rate, loss in by.items())}" for m, by in tried.items()]
     seeds = ", ".join(str(r["seed"]) for r in depth.best(LORA))
-    return [f"Seeds {seeds}. Mean loss by rate. {'; '.join(found)}."]
+    edge = max(tried[LORA]) == depth.best(LORA)[0]["rate"]
+    hint = " LoRA's best rate is the highest tried, so that a higher one may be better still." if edge else ""
+    return [f"Seeds {seeds}. Mean loss by rate. {'; '.join(found)}.{hint}"]
 
 
 def write_report(out: Path) -> None:
