@@ -70,6 +70,16 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
+def read_text(paths: Sequence[Path]) -> torch.Tensor:
+    """The bytes of the files; of JSON lines, those of the strings in them."""
+    parts: list[str] = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line).values() if path.suffix == ".jsonl" else [line]
+            parts += [value for value in values if isinstance(value, str)]
+    return torch.tensor(list("\n".join(parts).encode()))
+
+
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
     """The time of one call, until the device is done.
 

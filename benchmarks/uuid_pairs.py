@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PALETTE, RESULTS, llama, new_figure, new_parser, parse, save_figure, write_json
+from common import PALETTE, RESULTS, llama, new_figure, new_parser, parse, read_text, save_figure, write_json
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -112,16 +112,6 @@ class Curve:
 
 def encode(text: str) -> Tensor:
     return torch.tensor(list(text.encode()))
-
-
-def read_text(paths: Sequence[Path]) -> Tensor:
-    """The bytes of the files; of JSON lines, those of the strings in them."""
-    parts: list[str] = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line).values() if path.suffix == ".jsonl" else [line]
-            parts += [value for value in values if isinstance(value, str)]
-    return encode("\n".join(parts))
 
 
 def build_base(setting: Setting) -> LlamaForCausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from peft_reslora_cli.arguments import Commands
 from peft_reslora_cli.config_files import find_config
@@ -26,6 +27,12 @@ def add_parser(commands: Commands) -> ArgumentParser:
         help="print what would be trained; nothing is trained and no weights are loaded (the Hub may be asked for the "
         "base's config)",
     )
+    parser.add_argument(
+        "--experiment",
+        type=Path,
+        metavar="experiments/METHOD/NAME",
+        help="train nothing, write the files from which PEFT's own method_comparison/MetaMathQA runs",
+    )
     return parser
 
 
@@ -39,6 +46,12 @@ def run(args: Namespace) -> int:
         from peft_reslora.experiments.dry_run import describe_run
 
         say(describe_run(settings))
+        return 0
+    if args.experiment:
+        from peft_reslora.experiments.method_comparison import write_experiment
+
+        write_experiment(settings, args.experiment)
+        say(f"the experiment is in {args.experiment}")
         return 0
     from peft_reslora.experiments.run import result_lines, train_with
 

@@ -57,6 +57,7 @@ def _files(metrics: Mapping[str, Any], fitted_head: bool) -> list[str]:
     lines = [
         '- `adapter`: as trained; `PeftModel.from_pretrained(base, "adapter")` after `import peft_reslora`.',
         "- `metrics.json`, `config.yaml`, `run.json`: all numbers, the settings, and versions and checksums.",
+        "- `method_comparison.json`: the result in the form of PEFT's comparison of methods.",
     ]
     if fitted_head:
         lines.append(

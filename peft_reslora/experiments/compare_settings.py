@@ -14,6 +14,7 @@ from peft_reslora.experiments.settings import (
     TaskName,
     TrainSettings,
     base_values,
+    check_annealed,
     check_sizes,
     check_training,
     check_tuner,
@@ -22,10 +23,11 @@ from peft_reslora.experiments.settings import (
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """A tuner, and the ratio of learning rates of LoRA+."""
+    """A tuner, the ratio of learning rates of LoRA+, and whether its shortcuts are to be annealed as well."""
 
     tuner: dict[str, Any]
     loraplus_lr_ratio: float | None = None
+    annealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def _methods(config: ConfigFile, settings: CompareSettings) -> dict[str, MethodS
         places = dict(config.places)
         places |= {(*key, field): place for field, place in common.items() if field not in method.tuner}
         check_tuner(ConfigFile(config.values, places), key, tuner)
-        full[name] = MethodSettings(tuner, method.loraplus_lr_ratio)
+        check_annealed(config, ("methods", name, "annealed"), method.annealed, tuner)
+        full[name] = dataclasses.replace(method, tuner=tuner)
     return full
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 from peft_reslora.experiments.budget import Budget, count_parameters, match_budget, without_storage
 from peft_reslora.experiments.compare_settings import CompareSettings, as_train_settings, compare_settings
 from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.cost import relative_cost
 from peft_reslora.experiments.lines import Line, append_line, read_lines
+from peft_reslora.experiments.merging import annealing, merged_metrics
 from peft_reslora.experiments.processes import refuse_several_processes
 from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.rates import best_quarter, nearest_quarter, next_quarters, rate_of
@@ -198,9 +200,14 @@ class Comparison:
         return [line for line in lines if line is not None]
 
     def _key(self, kind: str, name: str, k: int, seed: int) -> str:
-        """What a line is found by; a cost is relative to the reference, so its tuner counts there."""
-        reference = [self.budgets[self.settings.reference].tuner] if kind == "cost" else []
-        return fingerprint([kind, self._identity(name), k, seed, *reference])
+        """What a line is found by; a cost is relative to the reference, so its tuner counts there.
+
+        Whether a method is annealed as well changes its reported runs, and neither its cost nor its search.
+        """
+        others: list[Any] = [self.budgets[self.settings.reference].tuner] if kind == "cost" else []
+        if kind == "report" and self.settings.methods[name].annealed:
+            others = ["annealed"]
+        return fingerprint([kind, self._identity(name), k, seed, *others])
 
     def _once(self, kind: str, name: str, k: int, seed: int) -> Line:
         key = self._key(kind, name, k, seed)
@@ -245,14 +252,25 @@ class Comparison:
             "test": math.nan if trained.diverged else found["before_merge"]["test"][self.task.metric],
             "merged": {n: m[self.task.metric] for n, m in found["after_merge"].get("test", {}).items()},
             **({} if trained.diverged else saved_sizes(trained)),
+            **(self._annealed(name, k, seed) if self.settings.methods[name].annealed else {}),
         }
 
-    def _fit(self, name: str, k: int, seed: int) -> Trained:
+    def _annealed(self, name: str, k: int, seed: int) -> dict[str, Any]:
+        """The test metric after the same training with annealing, before and after its merge, which is exact."""
+        trained = self._fit(name, k, seed, annealing(self.task, self.settings.calibration_rows))
+        if trained.diverged:
+            return {"annealed": math.nan}
+        before = self.task.evaluate(trained.model, "test")
+        merged = merged_metrics(self.task, trained.model, ["test"])["test"]["annealed"]
+        return {"annealed": merged[self.task.metric], "annealed_before_merge": before[self.task.metric]}
+
+    def _fit(self, name: str, k: int, seed: int, callbacks: tuple[TrainerCallback, ...] = ()) -> Trained:
         method = Method(self.budgets[name].tuner, self.settings.methods[name].loraplus_lr_ratio)
         steps = planned_steps(self.settings.training, len(self.task.train))
         with tempfile.TemporaryDirectory() as scratch:
             training = {**self.settings.training, **_QUIET, "learning_rate": rate_of(k)}
-            return fit(self.task, method, training_arguments(training, seed, Path(scratch), "none"), steps, quiet=True)
+            arguments = training_arguments(training, seed, Path(scratch), "none")
+            return fit(self.task, method, arguments, steps, callbacks, quiet=True)
 
 
 def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any], task: Task) -> list[Any]:

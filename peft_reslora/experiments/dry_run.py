@@ -70,7 +70,7 @@ def _steps(settings: TrainSettings, data: Data | None) -> str:
 
 def empty_base(settings: TrainSettings) -> nn.Module:
     """The base on the meta device: shapes without memory. Of a Hub name, only the config is read."""
-    kind = AutoModelForCausalLM if settings.task == "generation" else AutoModelForSequenceClassification
+    kind = AutoModelForCausalLM if settings.task in ("generation", "choice") else AutoModelForSequenceClassification
     with torch.device("meta"):
         return kind.from_config(base_config(settings.base))
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from peft_reslora.experiments.task import Task
 from peft_reslora.reslora import calibrate_merge
+from peft_reslora.training import ShortcutAnnealing
 
 Metrics = dict[str, float]
 
@@ -29,10 +31,22 @@ def estimates_shortcuts(model: PeftModel) -> bool:
     return getattr(model.peft_config["default"], "shortcut", "block") in ("input", "middle")
 
 
+def is_annealed(model: PeftModel) -> bool:
+    """Whether its shortcuts were trained away, so that the merge is exact."""
+    return getattr(model.peft_config["default"], "estimate", None) == "annealed"
+
+
+def annealing(task: Task, calibration_rows: int) -> tuple[TrainerCallback]:
+    """Trains the shortcuts away in the last third of the training, from estimates on so many rows if there are any."""
+    return (ShortcutAnnealing(batches=task.batches(calibration_rows) or None),)
+
+
 def merged_metrics(
     task: Task, model: PeftModel, splits: Sequence[str], calibration_rows: int = 0
 ) -> dict[str, dict[str, Metrics]]:
-    """Metrics after the merge, by split and estimator; `exact` where the merge needs none, empty without a merge.
+    """Metrics after the merge, by split and estimator; empty without a merge.
+
+    Where the merge needs no estimator, `exact` or, since the shortcuts were trained away, `annealed`.
 
     With `calibration_rows`, adapters whose merge is an estimate are calibrated, and stay so.
     """
@@ -45,8 +59,8 @@ def merged_metrics(
 
     if not can_merge(model):
         return {}
-    if not estimates_shortcuts(model):
-        merge_as("exact")
+    if is_annealed(model) or not estimates_shortcuts(model):
+        merge_as("annealed" if is_annealed(model) else "exact")
         return found
     config: Any = model.peft_config["default"]
     if config.merge_estimator != "least_squares":

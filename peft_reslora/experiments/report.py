@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ HEADER = (
     "95 % interval",
     "verdict",
     "merged",
+    "annealed",
     "loss 25 %",
     "50 %",
     "75 %",
@@ -39,6 +41,8 @@ HEADER = (
     "exported KB",
     "forgetting",
 )
+_FIRST_LOSS = HEADER.index("loss 25 %")
+_RARE = ("annealed", "forgetting")  # left out of the tables where no method has it
 
 
 def table_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, ...]]:
@@ -48,9 +52,6 @@ def table_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, ...]]:
 
 def _row(s: MethodSummary) -> tuple[str, ...]:
     unequal = "" if s.budget.equal else f" ({100 * (s.budget.ratio - 1):+.0f} %)"
-    test = _MISSING if s.test_mean is None else f"{s.test_mean:.2f}"
-    if s.test_deviation is not None:
-        test += f" ± {s.test_deviation:.2f}"
     d = s.difference
     quarters = [f"{loss:.3f}" for loss in s.quarters] or [_MISSING] * 4
     return (
@@ -58,11 +59,12 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         f"{s.budget.parameters:,}{unequal}",
         _MISSING if s.rate is None else f"{s.rate:.1e}",
         str(len(s.tests)) + (f" ({len(s.diverged)} diverged)" if s.diverged else ""),
-        test,
+        _mean_and_deviation(s.tests),
         _MISSING if d is None else f"{d.mean:+.2f}",
         _MISSING if d is None else f"{d.low:+.2f} to {d.high:+.2f}",
         "reference" if s.is_reference else _MISSING if d is None else d.verdict,
         ", ".join(f"{value:.2f} ({name})" for name, value in s.merged.items()) or _MISSING,
+        _mean_and_deviation(s.annealed),
         *quarters,
         _shown(s.steps_to_reference) if s.tests else _MISSING,
         _ratio(s.cost.get("step_ratio"), s.cost.get("step_ratio_quartiles")),
@@ -71,6 +73,13 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         _kilobytes(s.exported_bytes),
         _MISSING if s.forgetting is None else f"{s.forgetting:.3f}",
     )
+
+
+def _mean_and_deviation(values: Mapping[int, float]) -> str:
+    if not values:
+        return _MISSING
+    spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values.values()):.2f}{spread}"
 
 
 def _shown(steps: int | None) -> str:
@@ -130,10 +139,11 @@ def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
 def _tables(summaries: Sequence[MethodSummary]) -> list[str]:
     """Two tables of the same methods, since one would be too wide to read: results, then training and cost."""
     rows = [HEADER, *table_rows(summaries)]
-    results, costs = [0, 2, 3, 4, 5, 6, 7, 8], [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-    if all(row[18] == _MISSING for row in rows[1:]):
-        costs.remove(18)
-    return [*_markdown(rows, results), "", *_markdown(rows, costs)]
+    empty = {n for n, name in enumerate(HEADER) if name in _RARE and all(row[n] == _MISSING for row in rows[1:])}
+    results = [0, *range(2, _FIRST_LOSS)]
+    costs = [0, 1, *range(_FIRST_LOSS, len(HEADER))]
+    first, second = ([n for n in columns if n not in empty] for columns in (results, costs))
+    return [*_markdown(rows, first), "", *_markdown(rows, second)]
 
 
 def _markdown(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
@@ -161,6 +171,11 @@ def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSumm
         f"- Step time and memory: ratios to the reference; {pairs} pairs of steps in turns, medians with quartiles. "
         "Memory: peak of what a step has alive beside weights and optimizer.",
     ]
+    if any(s.annealed for s in summaries):
+        lines.append(
+            "- annealed: test after the merge of another training at the same rate and seeds, in whose last third the "
+            "shortcuts give way to their estimates, so that the merge is exact. Its rate was searched without that."
+        )
     unequal = [s.name for s in summaries if not s.budget.equal]
     if unequal:
         lines.append(f"- Not within 2 % of the reference's parameters: {prose(', '.join(unequal))}.")

@@ -20,7 +20,8 @@ from transformers.integrations import TensorBoardCallback
 
 from peft_reslora.experiments.card import run_card
 from peft_reslora.experiments.config_file import from_mapping, read_config
-from peft_reslora.experiments.merging import can_merge, merged_metrics
+from peft_reslora.experiments.merging import annealing, can_merge, merged_metrics
+from peft_reslora.experiments.method_comparison import RESULT, RunLog, comparison_result
 from peft_reslora.experiments.processes import join_processes, main_first, on_main
 from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.settings import SFT_KEYS, TrainSettings, as_config, train_settings
@@ -69,9 +70,11 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     _check_packages(settings)
     processes = join_processes(settings.training)
     on_main(lambda: _check_folder(folder, settings))
+    log = RunLog(gpu=torch.cuda.is_available() and not settings.training.get("use_cpu"))
     task = main_first(lambda: make_task(settings))
+    counting = {"include_num_input_tokens_seen": "non_padding"} if task.tokenizer is not None else {}
     arguments = training_arguments(
-        {**_SAVING, **settings.training},
+        {**_SAVING, **counting, **settings.training},
         settings.seed,
         folder / _CHECKPOINTS,
         "none" if settings.report_to == "tensorboard" else settings.report_to,
@@ -80,8 +83,13 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     checkpoint = on_main(lambda: _start(folder, settings, task, processes))
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train), processes)
-    trained = fit(task, method, arguments, steps, _tensorboard(folder, settings, arguments), resume=checkpoint)
-    return on_main(lambda: _finish(folder, settings, task, trained))
+    callbacks = (
+        log,
+        *_tensorboard(folder, settings, arguments),
+        *(annealing(task, settings.calibration_rows) if settings.annealed else ()),
+    )
+    trained = fit(task, method, arguments, steps, callbacks, resume=checkpoint)
+    return on_main(lambda: _finish(folder, settings, task, trained, log))
 
 
 def resolved(settings: TrainSettings) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def _start(folder: Path, settings: TrainSettings, task: Task, processes: int) ->
     return checkpoint
 
 
-def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained) -> dict[str, Any]:
+def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained, log: RunLog) -> dict[str, Any]:
     splits = [name for name in task.data.splits if name != "train"]
     metrics = measure(task, trained, settings.calibration_rows, splits)
     if trained.diverged:
@@ -181,6 +189,8 @@ def _finish(folder: Path, settings: TrainSettings, task: Task, trained: Trained)
     save_adapter(trained, folder / ADAPTER)
     if task.tokenizer is not None:
         task.tokenizer.save_pretrained(folder / ADAPTER)
+    size = file_size(folder / ADAPTER)
+    write_json(folder / RESULT, comparison_result(settings, task, trained, metrics, size, log))
     metrics["export"] = _export(folder, trained) if settings.export else None
     if settings.merge and can_merge(trained.model):
         trained.model.merge_and_unload().save_pretrained(str(folder / MERGED))

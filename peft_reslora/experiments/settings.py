@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from peft_reslora.experiments.config_file import ConfigFile, build, check_type, refuse_unknown_keys
 
-TaskName = Literal["classification", "regression", "generation"]
+TaskName = Literal["classification", "regression", "generation", "choice"]
 Head = Literal["fit", "train"]
 
 
@@ -40,6 +40,7 @@ class DataSettings:
     text: list[str] = field(default_factory=lambda: ["text"])
     label: str = "label"
     answer: str | None = None
+    endings: str | None = None
     new_tokens: int = 24
     match: Literal["number", "characters"] = "number"
     uuid_pairs: int | None = None
@@ -105,6 +106,7 @@ class TrainSettings:
     seed: int = 0
     loraplus_lr_ratio: float | None = None
     calibration_rows: int = 0
+    annealed: bool = False
     merge: bool = False
     export: bool = True
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -139,6 +141,7 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     settings = build(TrainSettings, ConfigFile(values, config.places))
     check_tuner(config, ("tuner",), settings.tuner)
     check_training(config, settings.training, SFT_KEYS if settings.task == "generation" else {})
+    check_annealed(config, ("annealed",), settings.annealed, settings.tuner)
     check_sizes(config, settings.data)
     if settings.base.load_in_4bit and (settings.task != "generation" or settings.base.name is None):
         place = config.place(("base", "load_in_4bit"))
@@ -212,6 +215,21 @@ def check_tuner(config: ConfigFile, key: tuple[str, ...], tuner: Mapping[str, An
     for name, value in tuner.items():
         if name not in ("peft_type", "task_type"):
             check_type(config, (*key, name), hints.get(name, Any), value)
+
+
+def check_annealed(config: ConfigFile, key: tuple[str, ...], annealed: bool, tuner: Mapping[str, Any]) -> None:
+    """Refuse to train away shortcuts that are not there, or that merge exactly as they are.
+
+    Raises:
+        ValueError: with the place, what the tuner is and what it must be.
+    """
+    shortcut = tuner.get("shortcut", "block") if tuner["peft_type"] == "RESLORA" else None
+    if annealed and shortcut not in ("input", "middle"):
+        found = tuner["peft_type"] if shortcut is None else f"RESLORA with shortcut={shortcut!r}"
+        raise ValueError(
+            f"{config.place(key)}: {'.'.join(key)}=true needs RESLORA with shortcut 'input' or 'middle', whose merge "
+            f"is an estimate, not {found}."
+        )
 
 
 def check_training(config: ConfigFile, training: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:

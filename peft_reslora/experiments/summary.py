@@ -32,6 +32,7 @@ class MethodSummary:
         tests: test metric before the merge, by seed, of the runs that did not diverge.
         diverged: seeds of the runs that did.
         merged: test metric after the merge, by estimator, the mean over seeds.
+        annealed: test metric after the merge of the annealed training, by seed; empty if it was not asked for.
         difference: paired by seed with the reference, before the merge.
         quarters: smoothed training loss after 25, 50, 75, 100 % of the steps, means over seeds.
         steps_to_reference: median of the steps to the reference's final loss of the same seed; None if most seeds
@@ -48,6 +49,7 @@ class MethodSummary:
     tests: dict[int, float]
     diverged: list[int]
     merged: dict[str, float]
+    annealed: dict[int, float]
     difference: Difference | None
     quarters: list[float]
     steps_to_reference: int | None
@@ -107,6 +109,7 @@ def _summary(
         tests={seed: run["test"] for seed, run in runs.items()},
         diverged=[line["seed"] for line in reported if not is_number(line["test"])],
         merged=_merged(list(runs.values())),
+        annealed={seed: run["annealed"] for seed, run in runs.items() if is_number(run.get("annealed"))},
         difference=None if is_reference else _difference(runs, reference),
         quarters=[statistics.fmean(column) for column in zip(*quarters, strict=True)],
         steps_to_reference=_steps(runs, reference),

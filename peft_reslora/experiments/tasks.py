@@ -16,6 +16,10 @@ def make_task(settings: TrainSettings) -> Task:
         from peft_reslora.experiments.generation import generation_task
 
         return generation_task(settings)
+    if settings.task == "choice":
+        from peft_reslora.experiments.choice import choice_task
+
+        return choice_task(settings)
     from peft_reslora.experiments.text_tasks import text_task
 
     return text_task(settings)

@@ -25,13 +25,14 @@ def require_matplotlib() -> None:
         raise ImportError("Drawing needs matplotlib: pip install 'peft_reslora[demo]'") from error
 
 
-def new_figure(panels: int = 1, width: float = 8.0, height: float = 4.5) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int = 1, width: float = 8.0, height: float = 4.5, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels side by side on one y axis, whose lines take the colors of the palette in turn.
 
     Args:
         panels: how many.
         width: of each panel, in inches.
-        height: in inches.
+        height: of each row, in inches.
+        rows: of so many panels, each row on a y axis of its own; the panels come row by row.
 
     Raises:
         ImportError: as `require_matplotlib`.
@@ -39,13 +40,13 @@ def new_figure(panels: int = 1, width: float = 8.0, height: float = 4.5) -> tupl
     require_matplotlib()
     from matplotlib.figure import Figure  # without pyplot, which would look for a display and keep the figure
 
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    row = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-    for axes in row:
+    figure = Figure(figsize=(width * panels, height * rows), layout="constrained")
+    grid = list(figure.subplots(rows, panels, sharey="row", squeeze=False).flat)
+    for axes in grid:
         axes.set_prop_cycle(color=PALETTE)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, row
+    return figure, grid
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

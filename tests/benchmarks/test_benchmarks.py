@@ -24,6 +24,15 @@ def common(monkeypatch):
     del sys.modules["common"]
 
 
+@pytest.fixture
+def gradients(common, monkeypatch):
+    import gradients
+
+    yield gradients
+    for name in ("gradients", "merge_fidelity"):
+        del sys.modules[name]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_runs_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
@@ -103,6 +112,49 @@ def test_twins_share_weights_and_nothing_else(common) -> None:
     assert torch.equal(base(input_ids=ids).logits, expected)
     places = {parameter.data_ptr() for parameter in base.parameters()}
     assert places <= {parameter.data_ptr() for parameter in adapted.parameters()}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "input", "block, m=all", "middle, m=1"])
+def test_norms_by_block_are_those_of_the_gradients_and_no_method_starts_elsewhere(gradients, method: str) -> None:
+    """Against the norms of torch.autograd.grad: in a first pass, in which B is zero, and with random factors."""
+    import torch
+    from peft import get_peft_model
+
+    base = gradients.llama(16, 3, vocab=20, heads=2, kv_heads=2).double().requires_grad_(False)
+    batch = gradients.as_batch(torch.arange(36).view(3, 12) % 20)
+    model = get_peft_model(gradients.twin(base), gradients.config_of(method, 2)).double().train()
+    loss, norms = gradients.look(model, batch, 3)
+    assert loss == pytest.approx(float(base(**batch).loss), rel=1e-12)
+    assert norms["A"] == [0.0, 0.0, 0.0]
+    torch.manual_seed(0)
+    gradients.give(model, {name: torch.randn_like(value) for name, value in gradients.factors_of(model).items()})
+    _, norms = gradients.look(model, batch, 3)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(model(**batch).loss, [model.get_parameter(name) for name in names])
+    for factor, block in ((factor, block) for factor in "AB" for block in range(3)):
+        own = [g for n, g in zip(names, found, strict=True) if f".{block}." in n and f"lora_{factor}" in n]
+        assert len(own) == 2
+        assert norms[factor][block] == pytest.approx(float(torch.cat([g.flatten() for g in own]).norm()), rel=1e-9)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_report_says_which_end_of_the_blocks_gains(gradients) -> None:
+    """Of made-up runs: a shortcut that doubles the gradient of the first block, and lowers the loss at each seed."""
+
+    def run(method: str, seed: int, factor: float, loss: float) -> dict:
+        norms = {"A": [[0.0] * 3, [factor, 1.0, 1.0]], "B": [[factor, 1.0, 1.0]] * 2}
+        setting = {"hidden": 8, "base_steps": 1, "rank": 2, "steps": 1, "probe": 1}
+        run = {"method": method, "layers": 3, "seed": seed, "rate": 0.01, "setting": setting}
+        return run | {"losses": [3.0, loss], "own": norms, "equal": norms}
+
+    records = [run("LoRA", seed, 0.5, 2.0) for seed in range(3)]
+    records += [run("middle, m=1", seed, 1.0, 1.9 + seed / 100) for seed in range(3)]
+    text = gradients.report(records, "name")
+    assert "fade towards the first blocks (first third over last, B at step 0: 0.50, 0.50 to 0.50)" in text
+    assert "a larger share of the gradient of A than under LoRA with `middle, m=1`, a smaller one with none" in text
+    assert "the loss is lower than LoRA's at every seed with `middle, m=1`, higher with none" in text
+    assert "| middle, m=1 | 2.00 / 1.00 | 2.00 / 1.00 | 2.00 / 1.00 |" in text
+    assert "+0.0900, all 3 seeds of one sign" in text
 
 
 def fill(size: int) -> bytearray:

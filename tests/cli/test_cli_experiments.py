@@ -28,6 +28,24 @@ def test_a_dry_run_prints_and_makes_nothing(files: Path, capsys: pytest.CaptureF
     assert not (files / "out").exists()
 
 
+def test_an_experiment_that_pefts_loop_cannot_run_is_refused_in_one_line(files: Path) -> None:
+    folder = files / "experiments" / "reslora" / "films"
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(files / "run.yaml"), "--experiment", str(folder)])
+    assert "PEFT's method_comparison cannot run these settings: it needs task=generation" in str(stopped.value.code)
+    assert not folder.exists()
+
+
+def test_an_experiment_is_written_and_nothing_is_trained(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = files / "experiments" / "reslora" / "films"
+    schedule = ["training.lr_scheduler_type=constant", "training.optim=adamw_torch"]
+    base = ["task=generation", "base={name: some/model}"]
+    assert main(["train", str(files / "run.yaml"), *base, *schedule, "--experiment", str(folder)]) == 0
+    assert f"the experiment is in {folder}" in capsys.readouterr().out
+    assert (folder / "adapter_config.json").is_file()
+    assert not (files / "out").exists()
+
+
 def test_train_says_what_came_out(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(files / "run.yaml"), "training.max_steps=2"]) == 0
     out = capsys.readouterr().out

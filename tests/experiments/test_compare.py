@@ -129,6 +129,33 @@ def test_the_report_has_table_figures_and_says_what_is_missing(finished: tuple[P
     assert json.loads((folder / "runs.json").read_text(encoding="utf-8"))["data_sha256"]
 
 
+@pytest.mark.slow
+def test_an_annealed_method_keeps_its_search_and_gets_a_column(
+    films: Path, finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report says the metric before the merge, after it, and after annealing; the latter merges exactly."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    settings = tiny_comparison(films, tmp_path / "copy")
+    settings["methods"]["ResLoRA"]["annealed"] = True
+    runs = []
+    original = comparison.fit
+    monkeypatch.setattr(comparison, "fit", lambda *a, **k: runs.append(1) or original(*a, **k))
+    _, summary, _ = compare(settings)
+    assert len(runs) == 2 * 3  # the reported ones, with and without
+    lines = [line for line in read_lines(tmp_path / "copy") if "annealed" in line]
+    assert [line["annealed"] for line in lines] == [line["annealed_before_merge"] for line in lines]
+    assert summary.annealed == {line["seed"]: line["annealed"] for line in lines}
+    assert "| merged | annealed |" in (tmp_path / "copy" / "REPORT.md").read_text(encoding="utf-8")
+    assert "annealed" not in (finished[0] / "REPORT.md").read_text(encoding="utf-8")
+
+
+def test_annealing_what_merges_exactly_is_refused(films: Path, tmp_path: Path) -> None:
+    settings = tiny_comparison(films, tmp_path / "none")
+    settings["methods"]["LoRA"]["annealed"] = True
+    with pytest.raises(ValueError, match=r"methods.LoRA.annealed=true needs RESLORA .* not LORA"):
+        compare(settings)
+
+
 def line(method: str, seed: int, test: float, losses: list[float], quarter: int = -12) -> dict[str, Any]:
     return {
         "kind": "report",

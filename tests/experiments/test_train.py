@@ -42,7 +42,7 @@ def finished(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_adapter_export_card_and_numbers(films: Path, finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("README.md", "adapter", "base", "lora"),
-        *("config.yaml", "metrics.json", "run.json"),
+        *("config.yaml", "method_comparison.json", "metrics.json", "run.json"),
     }
     metrics = read_metrics(finished)
     assert len(metrics["losses"]) == metrics["steps"] == 10
@@ -240,3 +240,29 @@ def test_threads_are_those_of_the_settings(films: Path, tmp_path: Path) -> None:
 def test_fewer_rows_than_a_batch_are_refused(films: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"5 training rows do not fill one batch of 8"):
         train(tiny_run(films, tmp_path / "run"), "data.train_rows=5")
+
+
+def test_an_annealed_run_merges_exactly_and_goes_on_after_a_kill(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the shortcuts began to give way, so that the checkpoint holds their estimates."""
+    whole = train(tiny_run(films, tmp_path / "whole"), "annealed=true")
+    assert set(whole["after_merge"]["test"]) == {"annealed"}
+    assert whole["after_merge"]["test"]["annealed"] == whole["before_merge"]["test"]
+    assert whole["export"]["exact"]
+    with monkeypatch.context() as patch:
+        stop_at(9, patch)
+        with pytest.raises(Killed):
+            train(tiny_run(films, tmp_path / "killed"), "annealed=true")
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-8").is_dir()
+    train(tiny_run(films, tmp_path / "killed"), "annealed=true")
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
+
+
+def test_only_shortcuts_whose_merge_is_an_estimate_are_annealed(films: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"override annealed=true: .* not RESLORA with shortcut='block'"):
+        train(tiny_run(films, tmp_path / "run"), "annealed=true", "tuner.shortcut=block")
+    lora = {"peft_type": "LORA", "r": 2, "target_modules": ["query"]}
+    with pytest.raises(ValueError, match=r"override annealed=true: .* not LORA"):
+        train(tiny_run(films, tmp_path / "run", tuner=lora), "annealed=true")
+    assert not (tmp_path / "run").exists()
