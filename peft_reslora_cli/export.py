@@ -38,7 +38,9 @@ def add_parser(commands: Commands) -> ArgumentParser:
         "--base", metavar="MODEL", help="load this base model (folder or Hub id) and read the export back"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=positive, metavar="N", help="keep at most N directions per layer")
+    size.add_argument(
+        "--rank", type=positive, metavar="N", help="keep at most N directions per layer; of nested ranks the first N"
+    )
     size.add_argument("--energy", type=float, metavar="E", help="keep this share of each update's energy, in (0, 1]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=with_default("type of the tensors"))
     parser.add_argument("--dry-run", action="store_true", help="print the report and write nothing")

@@ -275,6 +275,7 @@ def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerR
             rank_after=update.factors.rank,
             energy_kept=update.energy_kept,
             relative_error=update.relative_error,
+            first=update.first,
         )
         for name, update in updates.items()
     ]

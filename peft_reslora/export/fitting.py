@@ -24,21 +24,23 @@ class FittedUpdate:
     Args:
         factors: in the file's dtype, on the CPU.
         rank_before: directions before truncation.
-        energy_kept: fraction of the squared singular values that is left.
+        energy_kept: fraction of the squared singular values that is left; None where another scale goes with what is.
         relative_error: ||update - factors||_F / ||update||_F.
         merge: how the adapter became one matrix on this layer.
+        first: of nested ranks, how many of each block's first directions are left; None where no others were cut off.
     """
 
     factors: Factors
     rank_before: int
-    energy_kept: float
+    energy_kept: float | None
     relative_error: float
     merge: Exactness = AS_TRAINED
+    first: int | None = None
 
     @property
     def truncated(self) -> bool:
         """Whether directions were cut off."""
-        return self.factors.rank < self.rank_before
+        return self.first is not None or self.factors.rank < self.rank_before
 
 
 @dataclass(frozen=True)

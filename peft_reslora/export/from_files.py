@@ -11,16 +11,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
-from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.fitting import Fit, FittedUpdate
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer
 from peft_reslora.export.targets import linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.operators import delta_weight, sharing_factors, square_size
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merging.estimators import Exactness
 from peft_reslora.reslora.merging.plan import merges_from_state_dict
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.precision import full_precision
@@ -75,10 +75,10 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     Raises:
         ValueError: naming adapter and layer, if one cannot be exported.
     """
-    factors_of, updates = _factors_in_files(adapter, fit.approximate), {}
+    update_of, updates = _updates_in_files(adapter, fit), {}
     for name in adapter.tensors:
         with in_layer(adapter.name, name):
-            updates[name] = fit.update(*factors_of(name))
+            updates[name] = update_of(name)
     return updates
 
 
@@ -92,21 +92,21 @@ def targets_in_files(config: Any, exported: list[str]) -> list[str]:
     return sorted(exported if isinstance(own, str) or not own or narrowed else own)
 
 
-def _factors_in_files(adapter: SavedAdapter, approximate: bool) -> Callable[[str], tuple[Factors, Exactness]]:
-    """What computes a layer's factors, and knows how they come about."""
+def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], FittedUpdate]:
+    """What computes a layer's update, and fits it."""
     config, tensors = adapter.config, adapter.tensors
     if isinstance(config, ResLoRAConfig):
-        merges = merges_from_state_dict(config, adapter.state_dict())
+        merges, chain_fit = merges_from_state_dict(config, adapter.state_dict()), ChainFit(fit, config)
 
-        def merged(name: str) -> tuple[Factors, Exactness]:
+        def merged(name: str) -> FittedUpdate:
             merge, position = merges[name]
-            return Factors.of(*merge.factors(position)), merge.exactness[position]
+            return chain_fit.update(Factors.of(*merge.factors(position)), merge, position)
 
         return merged
     if isinstance(config, MoRAConfig):
         shapes = {name: linear_shape(module) for name, module in _modules_of_base(adapter).items() if name in tensors}
-        return lambda name: (_mora(config, name, tensors[name], shapes[name], approximate), AS_TRAINED)
-    return lambda name: (_lora(config, name, tensors[name]), AS_TRAINED)
+        return lambda name: fit.update(_mora(config, name, tensors[name], shapes[name], fit.approximate))
+    return lambda name: fit.update(_lora(config, name, tensors[name]))
 
 
 def _lora(config: Any, name: str, parts: Mapping[str, Tensor]) -> Factors:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import unknown_layers
+from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
 from peft_reslora.export.factors import layer_factors
-from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.fitting import Fit, FittedUpdate
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
@@ -41,7 +42,6 @@ from peft_reslora.export.targets import (
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import planned
 from peft_reslora.reslora.linking import chains_among
-from peft_reslora.reslora.merging.estimators import Exactness
 from peft_reslora.shared.host import has_adapter, own_parameters
 from peft_reslora.shared.names import unwrapped
 from peft_reslora.shared.precision import full_precision
@@ -68,7 +68,8 @@ def export_lora(
         model: a PeftModel, a tuner, or a model into which the adapter was injected.
         adapter_name: which adapter; it need not be active.
         rank: keep at most so many directions per layer, and give the file the least of those ranks from `rank` up,
-            also where less would do.
+            also where less would do. An adapter with nested ranks is truncated to the first `rank` directions of each
+            block instead, as it was trained to be; with shortcut 'block' those of several blocks add up.
         energy: instead of `rank`, the fraction in (0, 1] of each update's squared singular values to keep at least.
         fill_missing_layers: give zeros to the layers that lack an update of a type that other layers have, and to a
             `v_proj` beside a `q_proj`. TGI, LoRAX and SGLang misread adapters without; False keeps the file small.
@@ -175,6 +176,7 @@ def updates_in_model(
         ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
     """
     updates = {}
+    chain_fit: ChainFit | None = None
     layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
     with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
         for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
@@ -187,19 +189,16 @@ def updates_in_model(
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
                         factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
+                        place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
+                        if place is None:
+                            updates[name] = fit.update(factors)
+                            continue
+                        chain, position = place
+                        chain_fit = chain_fit or ChainFit(fit, chain.config)
+                        updates[name] = chain_fit.update(factors, chain.merge(), position)
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
-
-
-def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> Exactness:
-    """How the layer's update becomes one matrix; that of ResLoRA by the plan of its chain."""
-    place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
-    if place is None:
-        return AS_TRAINED
-    chain, position = place
-    return chain.merge().exactness[position]
 
 
 def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:

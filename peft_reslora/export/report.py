@@ -29,8 +29,11 @@ class LayerReport:
         exact: whether the export holds the adapter's update up to rounding: an exact merge, nothing cut off, float32.
         rank_before: directions in the factors of the update.
         rank_after: directions in the export, before padding with zeros.
-        energy_kept: fraction of the update's squared singular values in the export.
+        energy_kept: fraction of the update's squared singular values in the export; None if `first` is given, since a
+            part of an adapter with nested ranks has another scaling than the whole.
         relative_error: of the conversion, ||update - exported||_F / ||update||_F.
+        first: of an adapter with nested ranks, the rank at which it was truncated: no fit to the whole update, but the
+            first directions of each block, which were trained to do by themselves.
     """
 
     layer: str
@@ -39,12 +42,15 @@ class LayerReport:
     exact: bool
     rank_before: int
     rank_after: int
-    energy_kept: float
+    energy_kept: float | None
     relative_error: float
+    first: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row of the table, under `COLUMNS`."""
-        numbers = (self.rank_before, self.rank_after, f"{self.energy_kept:.6f}", f"{self.relative_error:.2e}")
+        kept = str(self.rank_after) if self.first is None else f"{self.rank_after}, truncated at {self.first}"
+        energy = "-" if self.energy_kept is None else f"{self.energy_kept:.6f}"
+        numbers = (self.rank_before, kept, energy, f"{self.relative_error:.2e}")
         merge = f"{self.merge} ({self.why})" if self.why else self.merge
         return (printable(self.layer), "yes" if self.exact else "no", merge, *map(str, numbers))
 
@@ -97,6 +103,10 @@ class ExportReport:
             text += (
                 f", of the conversion alone; the merge before it is {' and '.join(merges)}, and its own error is not "
                 "in these numbers"
+            )
+        if first := {layer.first for layer in self.layers} - {None}:
+            text += (
+                f". Its ranks are nested: truncated to the first {first.pop()} directions of each block, not fitted"
             )
         if self.filled:
             text += f". {len(self.filled)} layers without an update are filled with zeros"
