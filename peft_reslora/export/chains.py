@@ -18,7 +18,7 @@ class ChainFit:
 
     def __init__(self, fit: Fit, config: Any) -> None:
         self._fit = fit
-        self._rank = fit.rank if getattr(config, "nested_ranks", False) else None
+        self._rank = fit.nested_rank if getattr(config, "nested_ranks", False) else None
         self._parts: dict[int, tuple[ChainMerge, ChainMerge]] = {}  # by the id of the first
 
     def update(self, whole: Factors, merge: ChainMerge, position: int) -> FittedUpdate:

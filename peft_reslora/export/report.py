@@ -68,6 +68,7 @@ class ExportReport:
         filled: layers without an update, which are in the file as zeros.
         tied: layers of the adapter that share their weight with another module; that module's name by theirs.
         unknown: layers that a model of the base's class lacks when it is built from its config.
+        is_dora: the file has DoRA's norms besides.
     """
 
     method: str
@@ -78,6 +79,7 @@ class ExportReport:
     filled: list[str]
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
     unknown: list[str] = dataclasses.field(default_factory=list)
+    is_dora: bool = False
 
     @property
     def exact(self) -> bool:
@@ -93,11 +95,16 @@ class ExportReport:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
 
+    @property
+    def kind(self) -> str:
+        """What the file is."""
+        return "DoRA" if self.is_dora else "LoRA"
+
     def summary(self) -> str:
         """What was done, how well, in one or two sentences."""
         estimates = Counter(layer.merge for layer in self.layers if layer.merge != "exact")
         merges = [f"{merge} on {count} layers" for merge, count in sorted(estimates.items())]
-        text = f"{self.method} with {len(self.layers)} layers as LoRA of r={self.r}, {self.dtype}: "
+        text = f"{self.method} with {len(self.layers)} layers as {self.kind} of r={self.r}, {self.dtype}: "
         text += "exact up to rounding" if self.exact else f"largest relative error {self.worst_error:.2e}"
         if merges:
             text += (
@@ -106,7 +113,8 @@ class ExportReport:
             )
         if first := {layer.first for layer in self.layers} - {None}:
             text += (
-                f". Its ranks are nested: truncated to the first {first.pop()} directions of each block, not fitted"
+                f". Its ranks are nested: it is truncated to the first {first.pop()} directions of each block, and "
+                "the error is the distance from the adapter with all of them"
             )
         if self.filled:
             text += f". {len(self.filled)} layers without an update are filled with zeros"
@@ -139,10 +147,11 @@ def lora_card(config: PeftConfig, report: ExportReport, command: str | None = No
         command: the shell command that made it, if it was one.
     """
     method = report.method.split(" ")[0]
-    return f"""{card_head(config, ["lora", method.lower()])}
-# LoRA from {prose(report.method)}
+    readers = "PEFT" if report.is_dora else "PEFT, and with what reads PEFT's checkpoints,"
+    return f"""{card_head(config, [report.kind.lower(), method.lower()])}
+# {report.kind} from {prose(report.method)}
 
-A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
+A standard {report.kind} (r = alpha = {report.r}): it loads with {readers} without
 `peft_reslora`. The adapter was trained with {prose(method)}.
 
 ```python
