@@ -16,7 +16,7 @@ from helpers.tolerances import FLOAT64, rounding
 from peft import PeftModel
 
 from peft_reslora import ResLoRAConfig, export_lora, save_as_lora
-from peft_reslora.export import export_lora_from_files
+from peft_reslora.export import combine_as_lora, export_lora_from_files
 from peft_reslora.training import rank_in_use
 
 pytestmark = pytest.mark.filterwarnings("ignore:The LoRA has r=:UserWarning", "ignore:The base model of the LoRA")
@@ -77,6 +77,19 @@ def test_the_report_says_that_it_is_a_truncation() -> None:
 def test_by_energy_it_is_fitted_as_any_adapter() -> None:
     export = export_lora(nested(), energy=0.9)
     assert all(layer.first is None and 0.9 <= layer.energy_kept <= 1 for layer in export.report.layers)
+
+
+def test_a_sum_is_fitted_as_a_whole() -> None:
+    """Its rank is that of the sum, and not of what is summed."""
+    model = nested()
+    combined = combine_as_lora(model, ["default"], [1.0], rank=2)
+    for layer in combined.report.layers:
+        A, B = (combined.state_dict[f"base_model.model.{layer.layer}.lora_{f}.weight"] for f in "AB")
+        delta = model.get_submodule(f"base_model.model.{layer.layer}").get_delta_weight("default")
+        U, S, Vh = torch.linalg.svd(delta.double())
+        best = (U[:, :2] * S[:2]) @ Vh[:2]
+        assert relative_error(B @ A, best) < rounding(delta.numel())
+        assert layer.first is None
 
 
 @pytest.mark.parametrize(("shortcut", "estimator"), [("block", "drop"), ("input", "drop"), ("middle", "drop")])

@@ -88,6 +88,21 @@ def test_output_and_gradients_are_those_of_the_first_directions(shortcut, pre_nu
         assert_gradients_close(found, wanted)
 
 
+def test_without_shortcuts_it_is_dylora():
+    """Each block begins a chain of its own."""
+    cuts = [f"model.layers.{n}" for n in range(1, 4)]
+    with pytest.warns(UserWarning, match="no shortcut at all"):
+        model, inputs = adapted(chain_cuts=cuts).train(), LLAMA.inputs()
+    for rank in (1, 3, 4):
+        expected, wanted = by_hand(model, "block", 0, rank, inputs)
+        model.zero_grad()
+        set_rank(model, rank)
+        output = output_of(model, inputs)
+        output.square().mean().backward()
+        assert relative_error(output, expected) < MODEL64
+        assert_gradients_close(gradients(model), wanted)
+
+
 @quick_with_one
 @every_variant
 def test_factors_that_hooks_load_are_the_same(shortcut, pre_num):
