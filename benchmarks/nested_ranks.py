@@ -157,7 +157,7 @@ def plot(records: list[dict[str, Any]], ranks: Sequence[int], path: Path) -> Non
     panels[0].legend(frameon=False, fontsize=9)
     low = min(min(of) for s in shown for k in SERIES for of in means(records, s, k).values())
     panels[0].set_ylim(low - 0.01, top + (top - low) * 0.6)
-    figure.suptitle("One training with nested ranks, against one for each rank (lines of 'first' leave the picture)")
+    figure.suptitle("One training with nested ranks, against one for each rank")
     save_figure(figure, path)
 
 
@@ -174,8 +174,8 @@ def main() -> None:
     parser.add_argument("--shortcuts", nargs="+", choices=SHORTCUTS, default=list(SHORTCUTS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8], help="ascending")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--base-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--base-steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS / "nested_ranks", help="with --quick none")
     quick = {"steps": 4, "shortcuts": ["block"], "ranks": [1, 2], "base_steps": 4, "out": None}
     args = parse(parser, quick)

@@ -27,7 +27,7 @@ from peft_reslora.shared.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, repl
 from peft_reslora.shared.names import PREFIX
 from peft_reslora.shared.precision import full_precision
 
-MAGNITUDE = "lora_magnitude_vector"  # DoRA's norms, as PEFT names them in a file
+DORA_PART = "lora_magnitude_vector"  # DoRA's norms, as PEFT names them in a file
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, DIFFUSERS_FILE)
 _VLLM_DEFAULT_MAX_RANK = 16
@@ -238,7 +238,7 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
         x = torch.randn(4, A.shape[1], generator=generator)
         lora_A, lora_B = layer.lora_A["default"].float().cpu(), layer.lora_B["default"].float().cpu()
         read, expected = layer.scaling["default"] * lora_B(lora_A(x)), x @ A.T @ B.T
-        same_norms = _same_norms(layer, state_dict.get(f"{name}.{MAGNITUDE}"))
+        same_norms = _same_norms(layer, state_dict.get(f"{name}.{DORA_PART}"))
         if not (same_norms and torch.allclose(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))):
             raise ValueError(
                 f"Read back with PEFT, layer {name.removeprefix(PREFIX)!r} computes something else than was exported."
@@ -286,7 +286,7 @@ def assemble(
     norms = {name: update.magnitude for name, update in updates.items() if update.magnitude is not None}
     lora_config.use_dora = bool(norms)
     for name, magnitude in (norms | dict(norms_of_zeros or {})).items():
-        state_dict[f"{PREFIX}{name}.{MAGNITUDE}"] = magnitude.to("cpu", fit.dtype).contiguous()
+        state_dict[f"{PREFIX}{name}.{DORA_PART}"] = magnitude.to("cpu", fit.dtype).contiguous()
     dtype = str(fit.dtype).removeprefix("torch.")
     layers = _layer_reports(updates, fit)
     report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros), is_dora=bool(norms))

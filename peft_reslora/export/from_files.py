@@ -12,10 +12,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from peft_reslora.export.chains import ChainFit
-from peft_reslora.export.checkpoint import LoraExport, assemble
+from peft_reslora.export.checkpoint import DORA_PART, LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
 from peft_reslora.export.fitting import Fit, FittedUpdate
-from peft_reslora.export.reading import DORA_PART, FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
+from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer, is_dora, refuse_truncated_dora
 from peft_reslora.export.targets import linear_shape
 from peft_reslora.mora import MoRAConfig

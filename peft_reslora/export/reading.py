@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import config_of_base, fitting_bases
+from peft_reslora.export.checkpoint import DORA_PART
 from peft_reslora.export.source import MERGE_INSTEAD, is_dora, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
@@ -34,7 +35,6 @@ PARTS = {
     "MORA": ("mora_M", _STAMPS["MORA"]),
     "RESLORA": ("lora_A.weight", "lora_B.weight", "lora_norm", *SHORTCUT_PARTS, _STAMPS["RESLORA"]),
 }
-DORA_PART = "lora_magnitude_vector"  # of a LoRA
 FETCH = "To have it here, run `hf download MODEL config.json`."
 WITH_BASE = "Or export it with its base model: `peft-reslora export --base MODEL`, export_lora(model)."
 _MOST_PATTERNS = 4096  # each is compiled, and tried on each layer
