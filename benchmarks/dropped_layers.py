@@ -38,7 +38,7 @@ SHORTCUTS: dict[str, Shortcut] = {"input": "input", "block": "block", "middle": 
 FACTORS = ("lora_A", "lora_B", "mora_M")
 
 
-def small_task(data: Path, steps: int, length: int = 64) -> Task:
+def small_task(data: Path, steps: int, length: int = 64, layers: int = 8) -> Task:
     """A base model of GSM8K's bytes, and SVAMP's to train adapters on."""
     columns = {"gsm8k/train.jsonl": ("question", "answer"), "svamp/svamp.jsonl": ("Body", "Question", "Answer")}
     rows = []
@@ -48,7 +48,9 @@ def small_task(data: Path, steps: int, length: int = 64) -> Task:
         rows.append(torch.tensor(stream[: len(stream) // length * length]).view(-1, length))
     torch.manual_seed(0)
     base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=8, num_attention_heads=4)
+        LlamaConfig(
+            vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=layers, num_attention_heads=4
+        )
     )
 
     def sample(rows: torch.Tensor, steps: int, seed: int) -> list[Batch]:

@@ -38,8 +38,13 @@ def add_parser(commands: Commands) -> ArgumentParser:
         "--base", metavar="MODEL", help="load this base model (folder or Hub id) and read the export back"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=positive, metavar="N", help="keep at most N directions per layer")
+    size.add_argument(
+        "--rank", type=positive, metavar="N", help="keep at most N directions per layer; of nested ranks the first N"
+    )
     size.add_argument("--energy", type=float, metavar="E", help="keep this share of each update's energy, in (0, 1]")
+    parser.add_argument(
+        "--allow-dora", action="store_true", help="write an adapter with use_dora as a DoRA, which loads in PEFT"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=with_default("type of the tensors"))
     parser.add_argument("--dry-run", action="store_true", help="print the report and write nothing")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the export as well, with the token of hf auth")
@@ -70,7 +75,8 @@ def _export_one(adapter: Path, folder: Path, args: Namespace, command: str) -> N
 
     from peft_reslora.export import export_lora, export_lora_from_files
 
-    options = {"rank": args.rank, "energy": args.energy, "dtype": getattr(torch, args.dtype)}
+    options = {"rank": args.rank, "energy": args.energy, "allow_dora": args.allow_dora}
+    options["dtype"] = getattr(torch, args.dtype)
     base = None
     if args.base is None:
         exported = export_lora_from_files(adapter, **options)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -26,6 +27,7 @@ from peft_reslora.shared.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, repl
 from peft_reslora.shared.names import PREFIX
 from peft_reslora.shared.precision import full_precision
 
+DORA_PART = "lora_magnitude_vector"  # DoRA's norms, as PEFT names them in a file
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, DIFFUSERS_FILE)
 _VLLM_DEFAULT_MAX_RANK = 16
@@ -58,6 +60,8 @@ _CONFIG_FIELDS = (
 @dataclass(frozen=True)
 class LoraExport:
     """An adapter as a standard LoRA: `update = B @ A`, every scale in B, one rank for all modules.
+
+    Where DoRA was allowed, `.lora_magnitude_vector` (out_features,) besides.
 
     Args:
         config: a plain `LoraConfig`.
@@ -126,6 +130,12 @@ class LoraExport:
                 f"The LoRA has r={r}, more than the smaller side of {len(narrow)} modules ({narrow[0]}: "
                 f"{sides[narrow[0]]}): Ollama's import of an adapter folder would misread them. Convert the folder "
                 "with llama.cpp, or export with a lower rank=.",
+                stacklevel=3,
+            )
+        if self.config.use_dora:
+            warnings.warn(
+                "The checkpoint is a DoRA (use_dora=True), which PEFT loads; vLLM, SGLang and llama.cpp refuse it. "
+                "For these use merge_and_unload().",
                 stacklevel=3,
             )
         for note in self.report.notes():
@@ -228,10 +238,20 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
         x = torch.randn(4, A.shape[1], generator=generator)
         lora_A, lora_B = layer.lora_A["default"].float().cpu(), layer.lora_B["default"].float().cpu()
         read, expected = layer.scaling["default"] * lora_B(lora_A(x)), x @ A.T @ B.T
-        if not torch.allclose(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+        same_norms = _same_norms(layer, state_dict.get(f"{name}.{DORA_PART}"))
+        if not (same_norms and torch.allclose(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))):
             raise ValueError(
                 f"Read back with PEFT, layer {name.removeprefix(PREFIX)!r} computes something else than was exported."
             )
+
+
+def _same_norms(layer: Any, exported: Tensor | None) -> bool:
+    """Whether PEFT has read the norms of a DoRA, and none where there are none."""
+    held = layer.lora_magnitude_vector
+    if exported is None or "default" not in held:
+        return exported is None and "default" not in held
+    read = held["default"].weight.detach()
+    return torch.allclose(read.cpu().float(), exported.to(read.dtype).float())
 
 
 @full_precision()
@@ -243,8 +263,13 @@ def assemble(
     source: PeftConfig,
     call: str,
     prefix: str | None,
+    norms_of_zeros: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
-    """Pad all pairs to one rank, and report."""
+    """Pad all pairs to one rank, and report.
+
+    Args:
+        norms_of_zeros: of a DoRA, by layer, those of the rows of the weights that are in the file as zeros.
+    """
     r = fit.file_rank(updates)
     lora_config.r = lora_config.lora_alpha = r
     lora_config.inference_mode = True
@@ -258,9 +283,13 @@ def assemble(
         missing = r - A.shape[0]
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
+    norms = {name: update.magnitude for name, update in updates.items() if update.magnitude is not None}
+    lora_config.use_dora = bool(norms)
+    for name, magnitude in (norms | dict(norms_of_zeros or {})).items():
+        state_dict[f"{PREFIX}{name}.{DORA_PART}"] = magnitude.to("cpu", fit.dtype).contiguous()
     dtype = str(fit.dtype).removeprefix("torch.")
     layers = _layer_reports(updates, fit)
-    report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros))
+    report = ExportReport(method_name(source), call, r, dtype, layers, list(zeros), is_dora=bool(norms))
     return LoraExport(lora_config, state_dict, report, prefix)
 
 
@@ -275,6 +304,7 @@ def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerR
             rank_after=update.factors.rank,
             energy_kept=update.energy_kept,
             relative_error=update.relative_error,
+            first=update.first,
         )
         for name, update in updates.items()
     ]

@@ -49,6 +49,10 @@ class _Whole(Fit):
     def update(self, factors: Factors, merge: Exactness = AS_TRAINED) -> FittedUpdate:
         return FittedUpdate(Factors(factors.A.cpu(), factors.B.cpu()), factors.rank, 1.0, 0.0, merge)
 
+    @property
+    def nested_rank(self) -> int | None:
+        return None
+
     def file_rank(self, updates: Mapping[str, FittedUpdate]) -> int:
         return max(1, *(update.factors.rank for update in updates.values()))
 
@@ -252,6 +256,11 @@ def _check(adapters: Sequence[str], weights: Sequence[float]) -> None:
 def _chosen(exports: Mapping[str, LoraExport], adapters: Sequence[str]) -> list[LoraExport]:
     if unknown := [name for name in adapters if name not in exports]:
         raise ValueError(f"There is no export {unknown[0]!r}, there are {', '.join(map(repr, exports))}.")
+    if dora := [name for name in adapters if exports[name].config.use_dora]:
+        raise ValueError(
+            f"Export {dora[0]!r} is a DoRA, whose norms are not those of a sum. Merge its adapter with "
+            "merge_and_unload() instead."
+        )
     return [exports[name] for name in adapters]
 
 

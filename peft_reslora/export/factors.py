@@ -16,10 +16,12 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.shared.host import Convolution
 from peft_reslora.shared.tensors import NOT_HERE, is_readable, widen
 
@@ -142,6 +144,24 @@ def layer_factors(layer: BaseTunerLayer, adapter_name: str, *, approximate: bool
             "use merge_and_unload()"
         )
     return _dense(layer, adapter_name)
+
+
+def dora_factors(layer: Any, adapter_name: str) -> tuple[Factors, Tensor]:
+    """The factors of one adapter with DoRA on one layer, and its norms `(out_features,)`.
+
+    Raises:
+        ValueError: with the reason, if PEFT's DoRA cannot hold it.
+    """
+    _refuse_other_than_linear(layer)
+    if isinstance(layer, ResLoRALayer):
+        A, B, magnitude = layer.dora_factors(adapter_name)
+        return Factors.of(A, B), magnitude
+    variant = layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None
+    if not isinstance(variant, DoraLinearVariant):
+        raise ValueError(f"{_class_name(layer)} has no DoRA of a linear layer; use merge_and_unload()")
+    A, B = (getattr(layer, name)[adapter_name] for name in ("lora_A", "lora_B"))
+    magnitude = _numbers(layer.lora_magnitude_vector[adapter_name].weight)
+    return Factors.of(_numbers(A.weight), _numbers(B.weight), layer.scaling[adapter_name]), magnitude
 
 
 def _own_factors(layer: Any, adapter_name: str, approximate: bool) -> Factors:

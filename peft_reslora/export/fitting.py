@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,21 +25,25 @@ class FittedUpdate:
     Args:
         factors: in the file's dtype, on the CPU.
         rank_before: directions before truncation.
-        energy_kept: fraction of the squared singular values that is left.
+        energy_kept: fraction of the squared singular values that is left; None where another scale goes with what is.
         relative_error: ||update - factors||_F / ||update||_F.
         merge: how the adapter became one matrix on this layer.
+        first: of nested ranks, how many of each block's first directions are left; None where no others were cut off.
+        magnitude: of DoRA, m `(out_features,)` in the file's dtype; None for others.
     """
 
     factors: Factors
     rank_before: int
-    energy_kept: float
+    energy_kept: float | None
     relative_error: float
     merge: Exactness = AS_TRAINED
+    first: int | None = None
+    magnitude: Tensor | None = None
 
     @property
     def truncated(self) -> bool:
         """Whether directions were cut off."""
-        return self.factors.rank < self.rank_before
+        return self.first is not None or self.factors.rank < self.rank_before
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ class Fit:
         given = {"rank": self.rank, "energy": self.energy, "dtype": dtype}
         return "".join(f", {name}={value}" for name, value in given.items() if value is not None)
 
+    @property
+    def nested_rank(self) -> int | None:
+        """The rank at which an adapter with nested ranks is cut off; None for all its directions."""
+        return self.rank
+
     def update(self, factors: Factors, merge: Exactness = AS_TRAINED) -> FittedUpdate:
         """Truncate, cast once, and measure what that cost.
 
@@ -94,6 +104,21 @@ class Fit:
             )
             error = relative_error(factors, cast)
         return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge)
+
+    def dora_update(self, factors: Factors, magnitude: Tensor, merge: Exactness = AS_TRAINED) -> FittedUpdate:
+        """As `update`, with the trained norms `(out_features,)` of the rows of the merged weight.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        update, cast = self.update(factors, merge), magnitude.to(self.dtype)
+        if not torch.isfinite(cast).all():
+            raise ValueError(f"its norms (DoRA's magnitude) hold NaN or inf, or numbers too large for {self.dtype}")
+        error = torch.linalg.vector_norm(cast.double() - magnitude.double()) / torch.linalg.vector_norm(
+            magnitude.double()
+        )
+        error = 0.0 if self.dtype == torch.float32 else float(error)
+        return dataclasses.replace(update, magnitude=cast.cpu(), relative_error=max(update.relative_error, error))
 
     def file_rank(self, updates: Mapping[str, FittedUpdate]) -> int:
         """The least rank that is served and holds every update; not below the rank that was asked for."""

@@ -11,16 +11,17 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from peft_reslora.export.checkpoint import LoraExport, assemble
+from peft_reslora.export.chains import ChainFit
+from peft_reslora.export.checkpoint import DORA_PART, LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
-from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.fitting import Fit, FittedUpdate
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
-from peft_reslora.export.source import MERGE_INSTEAD, in_layer
+from peft_reslora.export.source import MERGE_INSTEAD, in_layer, is_dora, refuse_truncated_dora
 from peft_reslora.export.targets import linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.operators import delta_weight, sharing_factors, square_size
+from peft_reslora.reslora.blocks.dora import MAGNITUDE
 from peft_reslora.reslora.config import ResLoRAConfig
-from peft_reslora.reslora.merging.estimators import Exactness
 from peft_reslora.reslora.merging.plan import merges_from_state_dict
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.precision import full_precision
@@ -32,6 +33,7 @@ def export_lora_from_files(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    allow_dora: bool = False,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
     """Turn a saved ResLoRA, MoRA or LoRA adapter into a standard LoRA, without its base model.
@@ -45,14 +47,16 @@ def export_lora_from_files(
 
     Args:
         adapter_dir: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-        rank, energy, dtype: as for `export_lora`.
+        rank, energy, allow_dora, dtype: as for `export_lora`; whether a row of a merged weight is zero is not seen.
 
     Raises:
         ValueError: naming the file that is missing, damaged or of another kind; or as `export_lora`.
     """
     fit = Fit(rank, energy, dtype or torch.float32)
-    adapter = read_adapter(Path(adapter_dir))
+    adapter = read_adapter(Path(adapter_dir), allow_dora)
     config: Any = adapter.config
+    if dora := is_dora(config):
+        refuse_truncated_dora(fit, adapter.name)
     updates = updates_in_files(adapter, fit)
     lora_config = LoraConfig(
         target_modules=targets_in_files(config, list(updates)),
@@ -62,7 +66,7 @@ def export_lora_from_files(
         revision=config.revision,
         auto_mapping=config.auto_mapping,
     )
-    call = f"export_lora_from_files({adapter.name!r}{fit.arguments()})"
+    call = f"export_lora_from_files({adapter.name!r}{fit.arguments()}{', allow_dora=True' if dora else ''})"
     export = assemble(updates, {}, lora_config, fit, config, call, None)
     export.warn()
     return export
@@ -75,10 +79,10 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     Raises:
         ValueError: naming adapter and layer, if one cannot be exported.
     """
-    factors_of, updates = _factors_in_files(adapter, fit.approximate), {}
+    update_of, updates = _updates_in_files(adapter, fit), {}
     for name in adapter.tensors:
         with in_layer(adapter.name, name):
-            updates[name] = fit.update(*factors_of(name))
+            updates[name] = update_of(name)
     return updates
 
 
@@ -92,21 +96,44 @@ def targets_in_files(config: Any, exported: list[str]) -> list[str]:
     return sorted(exported if isinstance(own, str) or not own or narrowed else own)
 
 
-def _factors_in_files(adapter: SavedAdapter, approximate: bool) -> Callable[[str], tuple[Factors, Exactness]]:
-    """What computes a layer's factors, and knows how they come about."""
+def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], FittedUpdate]:
+    """What computes a layer's update, and fits it."""
     config, tensors = adapter.config, adapter.tensors
     if isinstance(config, ResLoRAConfig):
-        merges = merges_from_state_dict(config, adapter.state_dict())
+        merges, chain_fit = merges_from_state_dict(config, adapter.state_dict()), ChainFit(fit, config)
 
-        def merged(name: str) -> tuple[Factors, Exactness]:
+        def merged(name: str) -> FittedUpdate:
             merge, position = merges[name]
-            return Factors.of(*merge.factors(position)), merge.exactness[position]
+            factors = Factors.of(*merge.factors(position))
+            if config.use_dora:
+                return fit.dora_update(factors, _norms(tensors[name], MAGNITUDE, factors), merge.exactness[position])
+            return chain_fit.update(factors, merge, position)
 
         return merged
     if isinstance(config, MoRAConfig):
         shapes = {name: linear_shape(module) for name, module in _modules_of_base(adapter).items() if name in tensors}
-        return lambda name: (_mora(config, name, tensors[name], shapes[name], approximate), AS_TRAINED)
-    return lambda name: (_lora(config, name, tensors[name]), AS_TRAINED)
+        return lambda name: fit.update(_mora(config, name, tensors[name], shapes[name], fit.approximate))
+    if is_dora(config):
+
+        def dora(name: str) -> FittedUpdate:
+            parts = dict(tensors[name])
+            norms = parts.pop(DORA_PART, None)
+            factors = _lora(config, name, parts)
+            return fit.dora_update(factors, _norms({} if norms is None else {DORA_PART: norms}, DORA_PART, factors))
+
+        return dora
+    return lambda name: fit.update(_lora(config, name, tensors[name]))
+
+
+def _norms(parts: Mapping[str, Tensor], part: str, factors: Factors) -> Tensor:
+    """DoRA's norms of one layer, `(out_features,)`."""
+    if part not in parts or tuple(parts[part].shape) != (factors.B.shape[0],):
+        shape = tuple(parts[part].shape) if part in parts else "missing"
+        raise ValueError(
+            f"{part} is {shape} instead of {(factors.B.shape[0],)}: config and tensors are not of one adapter. Take "
+            "both from one save"
+        )
+    return widen(parts[part])
 
 
 def _lora(config: Any, name: str, parts: Mapping[str, Tensor]) -> Factors:

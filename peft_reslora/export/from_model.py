@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,17 +15,20 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import unknown_layers
+from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
-from peft_reslora.export.factors import layer_factors
+from peft_reslora.export.factors import dora_factors, layer_factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
     config_in_model,
     in_layer,
+    is_dora,
     name_of,
     refuse_config,
     refuse_resized,
+    refuse_truncated_dora,
 )
 from peft_reslora.export.targets import (
     base_model_of,
@@ -35,13 +38,13 @@ from peft_reslora.export.targets import (
     missing_partners,
     named_base_modules,
     refuse_misfits,
+    row_norms,
     target_names,
     tuner_layers,
 )
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import planned
 from peft_reslora.reslora.linking import chains_among
-from peft_reslora.reslora.merging.estimators import Exactness
 from peft_reslora.shared.host import has_adapter, own_parameters
 from peft_reslora.shared.names import unwrapped
 from peft_reslora.shared.precision import full_precision
@@ -54,6 +57,7 @@ def export_lora(
     rank: int | None = None,
     energy: float | None = None,
     fill_missing_layers: bool = True,
+    allow_dora: bool = False,
     dtype: torch.dtype | None = None,
     progressbar: bool = False,
 ) -> LoraExport:
@@ -68,10 +72,13 @@ def export_lora(
         model: a PeftModel, a tuner, or a model into which the adapter was injected.
         adapter_name: which adapter; it need not be active.
         rank: keep at most so many directions per layer, and give the file the least of those ranks from `rank` up,
-            also where less would do.
+            also where less would do. An adapter with nested ranks is truncated to the first `rank` directions of each
+            block instead, as it was trained to be; with shortcut 'block' those of several blocks add up.
         energy: instead of `rank`, the fraction in (0, 1] of each update's squared singular values to keep at least.
         fill_missing_layers: give zeros to the layers that lack an update of a type that other layers have, and to a
             `v_proj` beside a `q_proj`. TGI, LoRAX and SGLang misread adapters without; False keeps the file small.
+        allow_dora: let an adapter with use_dora become a DoRA checkpoint, which loads in PEFT, exactly; elsewhere, it
+            is refused. Others are exported as ever.
         dtype: of the tensors: float32 (the default), float16 or bfloat16.
         progressbar: show how many of the model's modules are done.
 
@@ -80,7 +87,7 @@ def export_lora(
             `rank` or `energy`, for NaN or inf, and for arguments out of range. It names adapter and layer.
     """
     fit = Fit(rank, energy, dtype or torch.float32)
-    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar)
+    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar, allow_dora)
     export.warn()
     return export
 
@@ -93,6 +100,7 @@ def save_as_lora(
     rank: int | None = None,
     energy: float | None = None,
     fill_missing_layers: bool = True,
+    allow_dora: bool = False,
     dtype: torch.dtype | None = None,
     progressbar: bool = False,
     base_model: nn.Module | None = None,
@@ -100,23 +108,30 @@ def save_as_lora(
 ) -> LoraExport:
     """`export_lora` and `LoraExport.save_pretrained` in one call; the arguments are theirs."""
     fit = Fit(rank, energy, dtype or torch.float32)
-    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar)
+    export = export_quietly(model, adapter_name, fit, fill_missing_layers, progressbar, allow_dora)
     export.warn()
     export.save_pretrained(path, base_model, command=command)
     return export
 
 
 def export_quietly(
-    model: nn.Module, adapter_name: str, fit: Fit, fill_missing_layers: bool, progressbar: bool
+    model: nn.Module,
+    adapter_name: str,
+    fit: Fit,
+    fill_missing_layers: bool,
+    progressbar: bool,
+    allow_dora: bool = False,
 ) -> LoraExport:
     """What `export_lora` does, without its warnings: those point to the line that called a public function."""
     model = unwrapped(model)
     config = config_in_model(model, adapter_name)
-    refuse_config(config, adapter_name)
+    refuse_config(config, adapter_name, allow_dora)
+    if dora := is_dora(config):
+        refuse_truncated_dora(fit, adapter_name)
     base_model = base_model_of(model)
     refuse_resized(base_model, config, adapter_name)
     modules = named_base_modules(base_model)
-    updates = updates_in_model(modules, adapter_name, fit, progressbar)
+    updates = updates_in_model(modules, adapter_name, config, fit, progressbar)
     zeros, targets = _complete(updates, modules, fill_missing_layers)
     base_class = type(base_model)
     auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
@@ -128,9 +143,11 @@ def export_quietly(
         revision=config.revision,
         auto_mapping=auto_mapping if config.task_type is None else None,
     )
-    unfilled = "" if fill_missing_layers else ", fill_missing_layers=False"
-    call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{unfilled})"
-    export = assemble(updates, zeros, lora_config, fit, config, call, diffusers_prefix(base_model))
+    options = ("" if fill_missing_layers else ", fill_missing_layers=False") + (", allow_dora=True" if dora else "")
+    call = f"export_lora(model, {adapter_name!r}{fit.arguments()}{options})"
+    prefix = None if dora else diffusers_prefix(base_model)
+    norms = {name: _norms_of(name, modules, adapter_name) for name in zeros} if dora else None
+    export = assemble(updates, zeros, lora_config, fit, config, call, prefix, norms)
     refuse_misfits(export.shapes(), modules)
     export.report.tied.update(tied_layers(updates, modules))
     export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))
@@ -161,13 +178,13 @@ def _complete(
 
 @full_precision()
 def updates_in_model(
-    modules: Mapping[str, nn.Module], adapter_name: str, fit: Fit, progressbar: bool = False
+    modules: Mapping[str, nn.Module], adapter_name: str, config: PeftConfig, fit: Fit, progressbar: bool = False
 ) -> dict[str, FittedUpdate]:
     """The update of every layer that has the adapter, by the module's name in the base model.
 
     Args:
         modules: of the base model, as from `named_base_modules`.
-        adapter_name: which adapter.
+        adapter_name: which adapter, and `config` its config.
         fit: how to fit each update into the file.
         progressbar: show how many of the modules are done.
 
@@ -175,6 +192,7 @@ def updates_in_model(
         ValueError: naming adapter and layer, if one cannot be exported; or if there is none.
     """
     updates = {}
+    chain_fit = ChainFit(fit, config)
     layers: list[Any] = [layer for module in modules.values() for layer in tuner_layers(module)]
     with planned(chains_among(layers, adapter_name)):  # each chain is merged once, and not once for each of its layers
         for name, module in tqdm(modules.items(), disable=not progressbar, desc="Exporting as LoRA"):
@@ -186,20 +204,27 @@ def updates_in_model(
                     )
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
-                        factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
+                        updates[name] = _update(layer, adapter_name, config, fit, chain_fit)
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
 
 
-def _merge_of(layer: BaseTunerLayer, adapter_name: str) -> Exactness:
-    """How the layer's update becomes one matrix; that of ResLoRA by the plan of its chain."""
+def _update(
+    layer: BaseTunerLayer, adapter_name: str, config: PeftConfig, fit: Fit, chain_fit: ChainFit
+) -> FittedUpdate:
+    """One layer's, fitted."""
     place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
-    if place is None:
-        return AS_TRAINED
-    chain, position = place
-    return chain.merge().exactness[position]
+    if is_dora(config):
+        merge = AS_TRAINED if place is None else place[0].merge().exactness[place[1]]
+        return fit.dora_update(*dora_factors(layer, adapter_name), merge)
+    factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
+    return fit.update(factors) if place is None else chain_fit.update(factors, place[0].merge(), place[1])
+
+
+def _norms_of(name: str, modules: Mapping[str, nn.Module], adapter_name: str) -> torch.Tensor:
+    with in_layer(adapter_name, name):
+        return row_norms(modules[name])
 
 
 def tied_layers(exported: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import config_of_base, fitting_bases
-from peft_reslora.export.source import MERGE_INSTEAD, refuse_config
+from peft_reslora.export.checkpoint import DORA_PART
+from peft_reslora.export.source import MERGE_INSTEAD, is_dora, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
 from peft_reslora.mora.config import computation as mora_computation
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
+from peft_reslora.reslora.blocks.dora import MAGNITUDE
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
 from peft_reslora.shared import fields
@@ -71,11 +73,16 @@ def parts_of(config: PeftConfig) -> tuple[str, ...]:
     parts = PARTS[str(getattr(config.peft_type, "value", config.peft_type))]
     if isinstance(config, ResLoRAConfig) and config.total_step is not None:
         return (*parts[:2], SINGULAR_VALUES, *parts[2:])
+    if is_dora(config):
+        return (*parts[:2], MAGNITUDE, *parts[2:]) if isinstance(config, ResLoRAConfig) else (*parts, DORA_PART)
     return parts
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
+def read_adapter(folder: Path, allow_dora: bool = False) -> SavedAdapter:
     """A saved adapter that can be exported from its files.
+
+    Args:
+        allow_dora: it may have DoRA's norms.
 
     Raises:
         ValueError: naming the file that is missing, damaged or of another kind; or what the adapter lacks.
@@ -87,7 +94,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
             f"{folder / CONFIG_FILE} has peft_type {peft_type!r}; from files alone, only {', '.join(PARTS)} are "
             "exported. Load the adapter onto its base model and use export_lora."
         )
-    refuse_config(config, folder.name)
+    refuse_config(config, folder.name, allow_dora)
     tensors = _by_layer(read_tensors(folder), parts_of(config), folder.name)
     base_config = config_of_base(config)
     found = iter(()) if base_config is None else fitting_bases(config, base_config, tensors)

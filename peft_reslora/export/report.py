@@ -29,8 +29,11 @@ class LayerReport:
         exact: whether the export holds the adapter's update up to rounding: an exact merge, nothing cut off, float32.
         rank_before: directions in the factors of the update.
         rank_after: directions in the export, before padding with zeros.
-        energy_kept: fraction of the update's squared singular values in the export.
+        energy_kept: fraction of the update's squared singular values in the export; None if `first` is given, since a
+            part of an adapter with nested ranks has another scaling than the whole.
         relative_error: of the conversion, ||update - exported||_F / ||update||_F.
+        first: of an adapter with nested ranks, the rank at which it was truncated: no fit to the whole update, but the
+            first directions of each block, which were trained to do by themselves.
     """
 
     layer: str
@@ -39,12 +42,15 @@ class LayerReport:
     exact: bool
     rank_before: int
     rank_after: int
-    energy_kept: float
+    energy_kept: float | None
     relative_error: float
+    first: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row of the table, under `COLUMNS`."""
-        numbers = (self.rank_before, self.rank_after, f"{self.energy_kept:.6f}", f"{self.relative_error:.2e}")
+        kept = str(self.rank_after) if self.first is None else f"{self.rank_after}, truncated at {self.first}"
+        energy = "-" if self.energy_kept is None else f"{self.energy_kept:.6f}"
+        numbers = (self.rank_before, kept, energy, f"{self.relative_error:.2e}")
         merge = f"{self.merge} ({self.why})" if self.why else self.merge
         return (printable(self.layer), "yes" if self.exact else "no", merge, *map(str, numbers))
 
@@ -62,6 +68,7 @@ class ExportReport:
         filled: layers without an update, which are in the file as zeros.
         tied: layers of the adapter that share their weight with another module; that module's name by theirs.
         unknown: layers that a model of the base's class lacks when it is built from its config.
+        is_dora: the file has DoRA's norms besides.
     """
 
     method: str
@@ -72,6 +79,7 @@ class ExportReport:
     filled: list[str]
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
     unknown: list[str] = dataclasses.field(default_factory=list)
+    is_dora: bool = False
 
     @property
     def exact(self) -> bool:
@@ -87,16 +95,26 @@ class ExportReport:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
 
+    @property
+    def kind(self) -> str:
+        """What the file is."""
+        return "DoRA" if self.is_dora else "LoRA"
+
     def summary(self) -> str:
         """What was done, how well, in one or two sentences."""
         estimates = Counter(layer.merge for layer in self.layers if layer.merge != "exact")
         merges = [f"{merge} on {count} layers" for merge, count in sorted(estimates.items())]
-        text = f"{self.method} with {len(self.layers)} layers as LoRA of r={self.r}, {self.dtype}: "
+        text = f"{self.method} with {len(self.layers)} layers as {self.kind} of r={self.r}, {self.dtype}: "
         text += "exact up to rounding" if self.exact else f"largest relative error {self.worst_error:.2e}"
         if merges:
             text += (
                 f", of the conversion alone; the merge before it is {' and '.join(merges)}, and its own error is not "
                 "in these numbers"
+            )
+        if first := {layer.first for layer in self.layers} - {None}:
+            text += (
+                f". Its ranks are nested: it is truncated to the first {first.pop()} directions of each block, and "
+                "the error is the distance from the adapter with all of them"
             )
         if self.filled:
             text += f". {len(self.filled)} layers without an update are filled with zeros"
@@ -129,10 +147,11 @@ def lora_card(config: PeftConfig, report: ExportReport, command: str | None = No
         command: the shell command that made it, if it was one.
     """
     method = report.method.split(" ")[0]
-    return f"""{card_head(config, ["lora", method.lower()])}
-# LoRA from {prose(report.method)}
+    readers = "PEFT" if report.is_dora else "PEFT, and with what reads PEFT's checkpoints,"
+    return f"""{card_head(config, [report.kind.lower(), method.lower()])}
+# {report.kind} from {prose(report.method)}
 
-A standard LoRA (r = alpha = {report.r}): it loads with PEFT, and with what reads PEFT's checkpoints, without
+A standard {report.kind} (r = alpha = {report.r}): it loads with {readers} without
 `peft_reslora`. The adapter was trained with {prose(method)}.
 
 ```python

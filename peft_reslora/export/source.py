@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from peft_reslora.export.base import config_of_base
+from peft_reslora.export.fitting import Fit
 from peft_reslora.shared.card import method_name
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
@@ -35,8 +36,16 @@ def config_in_model(model: nn.Module, adapter_name: str) -> PeftConfig:
     return configs[adapter_name]
 
 
-def refuse_config(config: PeftConfig, adapter_name: str) -> None:
+def is_dora(config: PeftConfig) -> bool:
+    """Whether an adapter has DoRA's norms."""
+    return bool(getattr(config, "use_dora", False))
+
+
+def refuse_config(config: PeftConfig, adapter_name: str, allow_dora: bool = False) -> None:
     """Refuse an adapter that, by its config, is more than matrices added to the weights of linear layers.
+
+    Args:
+        allow_dora: it may have DoRA's norms besides.
 
     Raises:
         ValueError: naming every field at fault.
@@ -54,9 +63,28 @@ def refuse_config(config: PeftConfig, adapter_name: str) -> None:
             faults.append(f"{name} changes more than the weights of linear layers")
     for field in dataclasses.fields(config):
         if field.metadata.get("is_lora_variant") and getattr(config, field.name):
-            faults.append(f"{field.name} makes the update another than scaling * B @ A")
+            if field.name != "use_dora":
+                faults.append(f"{field.name} makes the update another than scaling * B @ A")
+            elif not allow_dora:
+                faults.append(
+                    "use_dora makes the update another than scaling * B @ A, and fits into a DoRA checkpoint for PEFT "
+                    "(allow_dora=True, --allow-dora)"
+                )
     if faults:
         raise ValueError(f"Adapter {adapter_name!r} fits into no plain LoRA: {'; '.join(faults)}. {MERGE_INSTEAD}")
+
+
+def refuse_truncated_dora(fit: Fit, adapter_name: str) -> None:
+    """Refuse to fit the factors of a DoRA, whose norms belong to all of the update.
+
+    Raises:
+        ValueError: if `fit` takes less than the whole update.
+    """
+    if fit.approximate:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has use_dora=True, and its norms are those of the whole update: no lower rank "
+            f"is near to it in the sense of rank= and energy=. Export it without them. {MERGE_INSTEAD}"
+        )
 
 
 def refuse_resized(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.names import unwrapped
+from peft_reslora.shared.tensors import NOT_HERE, is_readable, widen
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -55,6 +57,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(base, Conv1D):
         return base.nx, base.nf
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
+
+
+def row_norms(module: nn.Module) -> torch.Tensor:
+    """The norms `(out_features,)` of the rows of the linear layer's weight in this place.
+
+    Raises:
+        ValueError: if its weight is not here, or one of them is zero, by which PEFT's DoRA would divide (0.21.2).
+    """
+    *_, base = layers_over(module)
+    weight: Any = base.weight
+    if not is_readable(weight):
+        raise ValueError(f"the weight of a layer without an update is {NOT_HERE}; pass fill_missing_layers=False")
+    norms = torch.linalg.vector_norm(widen(weight.detach()), dim=0 if isinstance(base, Conv1D) else 1)
+    if not norms.all():
+        raise ValueError("a row of a layer without an update is zero; pass fill_missing_layers=False")
+    return norms
 
 
 def refuse_misfits(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, nn.Module]) -> None:

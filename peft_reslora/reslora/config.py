@@ -55,9 +55,8 @@ _CHECKS: dict[str, fields.Check] = {
     **dict.fromkeys(("beta1", "beta2"), fields.decay),
     "base_model_name_or_path": fields.text,
     "revision": fields.text,
-    **dict.fromkeys(
-        ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode", "ensure_weight_tying", "stamped"), fields.flag
-    ),
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "nested_ranks"), fields.flag),
+    **dict.fromkeys(("inference_mode", "ensure_weight_tying", "stamped"), fields.flag),
 }
 
 
@@ -120,6 +119,14 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         },
     )
 
+    nested_ranks: bool = field(
+        default=False,
+        metadata={
+            "help": "Chooses DyLoRA (arXiv 2210.07558): the first b directions of each layer are trained to be an "
+            "adapter of rank b, for each b up to r, with the scaling of a LoRA of rank b. Train with the callback "
+            "NestedRanks; export_lora(model, rank=b) then takes the first b directions, without a fit."
+        },
+    )
     total_step: int | None = field(
         default=None,
         metadata={
@@ -209,6 +216,9 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
                 f"use_dora={fields.shown(self.use_dora)} with shortcut={fields.shown(self.shortcut)}, whose merge is "
                 "an estimate, and with it the norms of the merged weight; choose shortcut='block'"
             )
+        if self.nested_ranks and (self.use_dora or self.total_step is not None):
+            other = "use_dora=True" if self.use_dora else "total_step (AdaLoRA)"
+            faults.append(f"nested_ranks=True with {other}, which are two kinds of blocks; choose one")
         cuts = self.chain_cuts
         if cuts not in (AUTO, BY_NUMBER) and not (isinstance(cuts, list) and all(isinstance(c, str) for c in cuts)):
             known_ones = f"{AUTO!r}, {BY_NUMBER!r} or a list of names of modules"

@@ -76,7 +76,7 @@ def read(chain: Chain, position: int) -> Factors:
     """The two factors of a layer's update, where they are."""
     block, name = chain.block(position), chain.names[position]
     A, B = (readable(weight, name, _ADVICE) for weight in block.weights)
-    return block.fold(A, B)
+    return block.in_use(A, B)
 
 
 def add_by_calls(chain: Chain, position: int, dropped: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _handed(chain: Chain, position: int, device: torch.device) -> list[Factors]:
     """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
     block = chain.block(position)
     A, B = (_whole(linear, chain.names[position], device) for linear in block.modules)
-    own = block.fold(A, B)
+    own = block.in_use(A, B)
     handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
     values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
     return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]

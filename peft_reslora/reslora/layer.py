@@ -267,6 +267,17 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         return chain.merged_factors(position)
 
     @full_precision()
+    def dora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A `(R, in_features)`, B `(out_features, R)`, scaling included, and m `(out_features,)`, as PEFT's DoRA has
+        them: of an adapter with use_dora.
+
+        Raises:
+            ValueError: if a factor is not finite, or a row of the merged weight is zero.
+        """
+        A, B = self._factors_of_merge(adapter_name)
+        return A, B, self.block_of(adapter_name).magnitude_for_peft(A, B)  # type: ignore[attr-defined]
+
+    @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""
         if self.chain_of(adapter) is None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
+from peft_reslora.reslora.blocks.nested import Directions
 from peft_reslora.reslora.chain_table import reach
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import Block, check_finite
@@ -60,6 +61,7 @@ class Chain:
         self.planned: ChainMerge | None = None
         self.keeps_plan = False
         self.allocation: Any = None  # of ranks, which chains of an adapter with AdaLoRA share
+        self.directions: Directions | None = None  # of an adapter with nested ranks, where not all are in use
         self.ranks = list(itertools.accumulate(layer.r[adapter_name] for layer in layers))  # added up to each position
         self._members: list[Any] = [weakref.ref(layer) for layer in layers]
 
@@ -136,6 +138,8 @@ class Chain:
         if self.planned is not None:
             return self.planned
         merge = ChainMerge.of(self.blocks(), self.config)
+        if self.directions is not None and not self.directions.in_training_only:
+            merge = merge.truncated(self.directions.rank)
         if self.keeps_plan:
             self.planned = merge
         return merge

@@ -401,9 +401,9 @@ def _settle_combination(model: nn.Module, adapter_name: str, config: ResLoRAConf
 
     It takes over what the first adapter's config says of an estimate, says one rank for all layers, and leaves the
     factors those of a `rank_pattern`. The factors hold the scalings of the adapters they are from, so that the new
-    scaling is 1, which with use_rslora it is not (read in 0.21.2).
+    scaling is 1, which with use_rslora it is not (read in 0.21.2). Of nested ranks the order of directions is lost.
     """
-    config.use_rslora, config.estimate = False, None
+    config.use_rslora, config.estimate, config.nested_ranks = False, None, False
     for name, layer in adapted_layers(model, ResLoRALayer, adapter_name):
         layer.check_loaded(adapter_name)  # nothing was: there is no estimate, and no stamp to come
         layer.use_rslora[adapter_name] = False

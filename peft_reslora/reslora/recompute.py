@@ -109,6 +109,7 @@ class Region:
         self.reentrant = reentrant
         self.task = task  # the outermost backward pass, if the region was run within a recomputation
         self.taken: dict[int, list[Taken]] = {}
+        self.facts: dict[int, Any] = {}  # by chain: see `Relay.as_before`
         self._ordinals: dict[int, list[Ledger]] = {}
         self._kept: dict[int, tuple[weakref.ref[torch.Tensor], Kept]] = {}
         self._replay: tuple[Any, Replay] | None = None
@@ -135,16 +136,20 @@ class Region:
     def replay(self, key: Any, task: int) -> Replay:
         """The recomputation that `key` names."""
         if self._replay is None or self._replay[0] != key:
-            self._replay = key, Replay(self.taken, self.reentrant, task if self.task is None else self.task)
+            task = task if self.task is None else self.task
+            self._replay = key, Replay(self.taken, self.reentrant, task, self.facts)
         return self._replay[1]
 
 
 class Replay:
     """One recomputation of a region. `local` holds what its layers hand each other, by chain and pass."""
 
-    def __init__(self, taken: dict[int, list[Taken]], reentrant: bool, task: int) -> None:
+    def __init__(
+        self, taken: dict[int, list[Taken]], reentrant: bool, task: int, facts: dict[int, Any] | None = None
+    ) -> None:
         self.reentrant = reentrant
         self.task = task
+        self.facts = {} if facts is None else facts
         self.local: dict[tuple[int, int], Any] = {}
         self._taken = taken
         self._cursors: dict[int, int] = {}

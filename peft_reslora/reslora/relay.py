@@ -125,6 +125,18 @@ class Relay:
             scope.facts[self.key] = make()
         return scope.facts[self.key]
 
+    def as_before(self, fact: _T) -> _T:
+        """`fact`, which holds for all layers of the chain; in the recomputation of a region what it was in the region
+        the first time, whatever has been set since."""
+        if torch.compiler.is_compiling():
+            return fact
+        nest = nest_in(self._scope())
+        if nest.replay is not None:
+            fact = nest.replay.facts.get(self.key, fact)
+        for region in nest.recording:
+            region.facts.setdefault(self.key, fact)
+        return fact
+
     def total(
         self, position: int, start: Callable[[], torch.Tensor], extend: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:

@@ -7,7 +7,17 @@ import sys
 
 import pytest
 import torch
-from helpers.engine_worker import CASE_OF_EACH, CASES, CHECKPOINTING, TUNERS, Results, build, case_id, plain
+from helpers.engine_worker import (
+    CASE_OF_EACH,
+    CASES,
+    CHECKPOINTING,
+    KIND_CASES,
+    TUNERS,
+    Results,
+    build,
+    case_id,
+    plain,
+)
 from helpers.engines import CONFIGS, ENGINES, LABELS, WORKERS, by_engine, environment, free_port, run_together
 from helpers.gradients import assert_gradients_close
 from helpers.tolerances import MODEL64, rounding
@@ -99,6 +109,14 @@ def test_one_case_trains_as_one_process(run_engine, engine):
 @pytest.mark.parametrize(("tuner", "checkpointing"), CASES)
 def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
     assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner), engine)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("kinds")
+@pytest.mark.parametrize(("tuner", "checkpointing"), KIND_CASES)
+def test_other_kinds_of_blocks_train_under_ddp(run_engine, tuner, checkpointing):
+    """DoRA, AdaLoRA with its allocation of ranks, and a rank in use of an adapter with nested ranks."""
+    assert_same_training(run_engine("kinds")[case_id(tuner, checkpointing)], reference(tuner), "ddp")
 
 
 @pytest.mark.long

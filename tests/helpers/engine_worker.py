@@ -20,12 +20,16 @@ from helpers.tiny_models import TINY_MODELS
 from torch import nn
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
+from peft_reslora.training import set_rank, update_and_allocate
 
 # fmt: off
 TUNERS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1), ("mora", 1)]
 # fmt: on
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
+# Other kinds of blocks, which need whole factors, and so DDP.
+KINDS = [("block-dora", 1), ("input-adalora", 1), ("block-adalora", 1), ("middle-adalora", 1), ("middle-nested", 1)]
+KIND_CASES = list(itertools.product(KINDS, CHECKPOINTING))
 CASE_OF_EACH = {
     "ddp": (("middle", -1), "non-reentrant"),
     "fsdp2": (("block", 1), "none"),
@@ -42,12 +46,24 @@ def case_id(tuner: tuple[str, int], checkpointing: str) -> str:
     return f"{tuner[0]}-{tuner[1]}-{checkpointing}"
 
 
+FIELDS_OF_KIND: dict[str, dict[str, Any]] = {
+    "": {},
+    "dora": {"use_dora": True},
+    "adalora": {"r": 8, "init_r": 3, "target_r": 1, "total_step": 4},
+    "nested": {"nested_ranks": True},
+}
+
+
 def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
     """The same model with the same adapter in every process, in float64."""
     name, pre_num = tuner
     fields: dict[str, Any] = {"r": 3, "target_modules": TINY_MODELS["llama"].targets}
-    config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=name, pre_num=pre_num)
+    shortcut, _, kind = name.partition("-")
+    fields |= FIELDS_OF_KIND[kind]
+    config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=shortcut, pre_num=pre_num)
     model = adapted(TINY_MODELS["llama"].make().double(), config).train()
+    if kind == "nested":
+        set_rank(model, 2, in_training_only=True)
     model.enable_input_require_grads()
     if (use_reentrant := CHECKPOINTING[checkpointing]) is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -95,12 +111,17 @@ def train(
 def plain(model: nn.Module) -> Results:
     """The reference: the whole batch in this process."""
     optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
-    return train(model, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad, 0, 1)
+    return train(model, torch.Tensor.backward, _stepper(optimizer, model), lambda p: p.grad, 0, 1)
 
 
-def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def _stepper(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> Callable[[], None]:
+    """A step of the optimizer; of a `model` with AdaLoRA, ranks are allocated in it, from the averaged gradients."""
+    steps = itertools.count(1)
+
     def step() -> None:
         optimizer.step()
+        if model is not None and getattr(model.peft_config["default"], "total_step", None) is not None:
+            update_and_allocate(model, next(steps))
         optimizer.zero_grad()
 
     return step
@@ -110,7 +131,7 @@ def ddp(model: nn.Module) -> Results:
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(trainable(wrapped).values(), lr=LEARNING_RATE)
     ranks = dist.get_rank(), dist.get_world_size()
-    return train(wrapped, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad, *ranks)
+    return train(wrapped, torch.Tensor.backward, _stepper(optimizer, model), lambda p: p.grad, *ranks)
 
 
 def fsdp2(model: nn.Module) -> Results:
@@ -218,7 +239,9 @@ def main(engine: str, output: str) -> None:
     else:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    if engine == "each":
+    if engine == "kinds":
+        results = {case_id(*case): attempt("ddp", *case) for case in KIND_CASES}
+    elif engine == "each":
         results = {name: attempt(name, *case) for name, case in CASE_OF_EACH.items()}
     else:
         cases = [(tuner, "non-reentrant") for tuner in TUNERS] if engine == "accelerate" else CASES

@@ -25,10 +25,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Give every adapter parameter a random value of a size that matters but does not blow up."""
+    """Give every adapter parameter a random value of a size that matters but does not blow up.
+
+    DoRA's norms stay of the size of those that they have.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if _FACTOR.search(name):
+        if "lora_magnitude" in name:
+            parameter.data.mul_(1.2 + 0.3 * torch.randn(parameter.shape, generator=generator).sin())
+        elif _FACTOR.search(name):
             scale = 0.5 / parameter.shape[-1] ** 0.5
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model

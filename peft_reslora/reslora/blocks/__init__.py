@@ -12,12 +12,14 @@ from collections.abc import Callable
 from peft_reslora.reslora.blocks.adalora import AdaloraBlock
 from peft_reslora.reslora.blocks.dora import DoraBlock
 from peft_reslora.reslora.blocks.linear import LinearBlock
+from peft_reslora.reslora.blocks.nested import NestedBlock
 from peft_reslora.reslora.config import ResLoRAConfig
 
 # The first kind whose condition a config meets.
 KINDS: tuple[tuple[Callable[[ResLoRAConfig], bool], type[LinearBlock]], ...] = (
     (lambda config: config.use_dora, DoraBlock),
     (lambda config: config.total_step is not None, AdaloraBlock),
+    (lambda config: config.nested_ranks, NestedBlock),
     (lambda config: True, LinearBlock),
 )
 

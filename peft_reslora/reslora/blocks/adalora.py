@@ -54,14 +54,9 @@ class AdaloraBlock(LinearBlock):
         """A and B E."""
         return A, B * self._readable_values(B).t()
 
-    def expand(self, hidden: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """`result` plus s B E `hidden`."""
-        return super().expand(hidden * self._readable_values(hidden).flatten(), result)
-
-    def call(self, dropped: torch.Tensor) -> torch.Tensor:
-        A, B = self.modules
-        hidden = A(dropped).to(dropped.device)
-        return B(hidden * self._readable_values(hidden).flatten())
+    def weigh(self, hidden: torch.Tensor) -> torch.Tensor:
+        """E `hidden`."""
+        return hidden * self._readable_values(hidden).flatten()
 
     def resize(self, rank: int) -> Callable[[], None]:
         """Make room for another number of directions, without numbers; returns what undoes it."""

@@ -68,6 +68,18 @@ class DoraBlock(LinearBlock):
         merged = float(self._held_magnitude(A).detach().abs().max()) + 0.0 * super().largest_entry(A, B)
         return merged + float(self._base_weight().abs().max())
 
+    def magnitude_for_peft(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """m `(out_features,)` for PEFT's DoRA with the factors `A` and `B`.
+
+        Raises:
+            ValueError: if a row of the merged weight is zero: PEFT divides by its norm (0.21.2).
+        """
+        if not _norm(self._base_weight(), A, B).all():
+            raise ValueError(
+                "a row of W + B A is zero, and PEFT's DoRA would divide by its norm; use merge_and_unload()"
+            )
+        return widen(self._held_magnitude(A).detach())
+
     def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
         """m / ||W + B A|| (weight + B A), where W is the base weight without any adapter."""
         share = self._share(self._base_weight(), A, B).detach()

@@ -62,6 +62,14 @@ class LinearBlock:
         """The two factors of the update, of A and B as the modules hold them: these."""
         return A, B
 
+    def in_use(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        """The two factors of the update as the running forward pass has it; of most kinds, those of any update."""
+        return self.fold(A, B)
+
+    def weigh(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What B multiplies, of a hidden state `(..., r)`: in a forward pass, all that stands between A and B."""
+        return hidden
+
     def start(self) -> None:
         """Make what a new adapter has besides the factors, which PEFT makes: nothing."""
 
@@ -110,8 +118,9 @@ class LinearBlock:
         return ProjectedSum.apply(total, x, previous, A.weight, sums)
 
     def expand(self, hidden: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """`result` plus s B `hidden`."""
+        """`result` plus s B `hidden`, weighed."""
         _, B = self.modules
+        hidden = self.weigh(hidden)
         if is_plain(B):
             return add_update(result, hidden, B.weight, self.scaling)
         return result + B(hidden) * self.scaling
@@ -119,7 +128,7 @@ class LinearBlock:
     def call(self, dropped: torch.Tensor) -> torch.Tensor:
         """B A `dropped`, by calls of the modules, whose hooks load them wherever they run."""
         A, B = self.modules
-        return B(A(dropped).to(dropped.device))
+        return B(self.weigh(A(dropped).to(dropped.device)))
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""

@@ -9,6 +9,7 @@ estimates it. C_n is an E_n that was fitted (`calibrate_merge`) or frozen (annea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
 from peft_reslora.shared.names import PREFIX
-from peft_reslora.shared.patterns import by_pattern
+from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.tensors import widen
 
 # The buffers of a layer that keeps a C_n: C_n, and either the sketch of the factors it was fitted for, or the share t
@@ -64,6 +65,21 @@ class Block:
         """A and s B in float32 (or as wide as they are), on the device of `like`."""
         A, B = widen(self.A), self.scaling * widen(self.B)
         return (A, B) if like is None else (A.to(like.device), B.to(like.device))
+
+
+def first_directions(block: Block, rank: int, config: ResLoRAConfig) -> Block:
+    """The block of rank `rank` in one of nested ranks (`blocks/nested.py`); itself, if it has no more directions."""
+    r = block.A.shape[0]
+    if rank >= r:
+        return block
+    return dataclasses.replace(
+        block,
+        A=block.A[:rank],
+        B=block.B[:, :rank],
+        scaling=block.scaling * scaling_of(config, rank, 1.0) / scaling_of(config, r, 1.0),
+        shortcut=None if block.shortcut is None else block.shortcut[:rank],
+        sketch=None if block.sketch is None else torch.cat([part[:rank] for part in block.sketch.chunk(2)]),
+    )
 
 
 def merged_factors(

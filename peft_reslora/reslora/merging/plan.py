@@ -14,6 +14,7 @@ from peft_reslora.reslora.merging.estimators import (
     blocks_from_state_dict,
     chains_of_blocks,
     exactness,
+    first_directions,
     merged_factors,
     shortcut_coefficients,
     shortcut_estimate,
@@ -45,6 +46,17 @@ class ChainMerge:
         """
         exact = [exactness(blocks, position, config) for position in range(len(blocks))]
         return cls(blocks, config, shortcut_coefficients(blocks, config), exact)
+
+    def truncated(self, rank: int) -> ChainMerge:
+        """Of an adapter with nested ranks, the merge of the adapter of this rank that it holds; this one, if no block
+        has more directions.
+
+        Raises:
+            ValueError: as `shortcut_coefficients`.
+        """
+        if all(block.A.shape[0] <= rank for block in self.blocks):
+            return self
+        return ChainMerge.of([first_directions(block, rank, self.config) for block in self.blocks], self.config)
 
     def factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
