@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
+import math
 import multiprocessing
+import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -38,6 +42,16 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs; the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, and what they were measured on")
+    return parser
+
+
+def new_timing_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Also with the options of benchmarks that measure time, whose table `finish` can keep."""
+    parser = new_parser(doc)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
+    parser.add_argument("--keep", type=Path, metavar="STEM", help="write STEM.md, STEM.jsonl and the figure, STEM.png")
     return parser
 
 
@@ -164,6 +178,44 @@ def _growth(run: Callable[[T], object], small: T, full: T) -> int:
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table."""
     print("\n".join(format_table([header, *rows])), flush=True)
+
+
+def finish(
+    options: argparse.Namespace,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    results: Sequence[Mapping[str, Any]],
+    draw: Callable[[Path], None] | None = None,
+) -> None:
+    """Print a table, and write what --json and --keep ask for; `draw` writes the figure of the results."""
+    show(header, rows)
+    write_json(options, results)
+    if options.keep is None:
+        return
+    options.keep.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{json.dumps(result, default=_plain)}\n" for result in results)
+    options.keep.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
+    table = [" | ".join(["", *row, ""]).strip() for row in (header, ["---"] * len(header), *rows)]
+    text = [f"{_origin(options)}\n", *table]
+    options.keep.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    if draw is not None:
+        draw(options.keep.with_suffix(".png"))
+
+
+def _origin(options: argparse.Namespace) -> str:
+    """What ran when on what, on a line."""
+    own = [word for n, word in enumerate(sys.argv[1:]) if "--keep" not in (word, sys.argv[n])]
+    facts = environment(options.device)
+    place = facts["device"] if is_cuda(options.device) else f"{os.cpu_count()} CPU cores, {facts['device']}"
+    versions = ", ".join(f"{package} {facts[package]}" for package in _PACKAGES)
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *own])
+    return f"`{command}`, {datetime.date.today()}, {place}, {versions}."
+
+
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """p of the power law values = c sizes^p that fits best, in logarithms."""
+    slope, _ = statistics.linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values])
+    return slope
 
 
 def write_json(options: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Ratio, in_turns, new_parser, parse, seconds, show, write_json
+from common import Ratio, finish, in_turns, new_timing_parser, parse, seconds
 from peft import LoHaConfig, LoKrConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ CONFIGS: dict[str, PeftConfig] = {
 StateDict = dict[str, Tensor]
 
 
-def adapted(config: PeftConfig, size: int) -> PeftModel:
+def adapted(config: PeftConfig, size: int) -> Any:
     torch.manual_seed(0)
     return get_peft_model(nn.Sequential(nn.Linear(size, size, bias=False)), config)
 
@@ -47,23 +47,24 @@ def error(state_dict: StateDict, model: PeftModel) -> float:
     layer: Any = model.get_submodule("base_model.model.0")
     delta = layer.get_delta_weight("default")
     A, B = (state_dict[f"base_model.model.0.lora_{factor}.weight"] for factor in "AB")
+    delta, A, B = (tensor.to(layer.weight.device, torch.float32) for tensor in (delta, A, B))
     return float((delta - B @ A).norm() / delta.norm())
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
+    parser = new_timing_parser(__doc__)
     parser.add_argument("--size", type=int, default=4096, help="features of the square layer")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     options = parse(parser, {"size": 64, "rank": 8, "rounds": 2})
     torch.set_num_threads(options.threads)
 
     results: list[dict[str, Any]] = []
     for name, config in CONFIGS.items():
-        model = adapted(config, options.size)
+        model = adapted(config, options.size).to(options.device, getattr(torch, options.dtype))
         both = conversions(model, options.rank)
-        times = in_turns({who: partial(seconds, run) for who, run in both.items()}, options.rounds, warmups=0)
+        jobs = {who: partial(seconds, run, options.device) for who, run in both.items()}
+        times = in_turns(jobs, options.rounds, warmups=0)
         results.append(
             {
                 "method": name,
@@ -83,8 +84,8 @@ def main() -> None:
         )
         for r in results
     ]
-    show(("method", "ours, s", "PEFT's, s", "ours / PEFT's (quartiles)", "our error", "PEFT's error"), rows)
-    write_json(options, results)
+    header = ("method", "ours, s", "PEFT's, s", "ours / PEFT's (quartiles)", "our error", "PEFT's error")
+    finish(options, header, rows, results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Ratio, in_turns, llama, new_parser, parse, seconds, show, write_json
+from common import Ratio, finish, in_turns, llama, new_timing_parser, parse, seconds
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
@@ -52,14 +52,11 @@ def merge_time(base: nn.Module, config: PeftConfig, options: argparse.Namespace)
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
+    parser = new_timing_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     options = parse(parser, {"hidden": 64, "layers": 2, "rounds": 2})
     torch.set_num_threads(options.threads)
 
@@ -70,8 +67,7 @@ def main() -> None:
         {"method": name, "seconds": min(own), "to_lora": Ratio.of(own, times[BASELINE])} for name, own in times.items()
     ]
     rows = [(r["method"], f"{r['seconds']:.4f}", str(r["to_lora"])) for r in results]
-    show(("method", "seconds", "merge / LoRA's (quartiles)"), rows)
-    write_json(options, results)
+    finish(options, ("method", "seconds", "merge / LoRA's (quartiles)"), rows, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A training step of ResLoRA, MoRA and PEFT's own methods against PEFT's LoRA, in turns within one process.
 
     python benchmarks/train_step.py --layers 4 --batch 1 --tokens 256
+    python benchmarks/train_step.py --batch 1 2 4 --tokens 128 512 --autocast bfloat16
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --hidden 2048 --layers 16 --checkpointing
 
 A step is forward, backward, the optimizer's step and zero_grad on a Llama-shaped model, all linear layers adapted. All
@@ -11,12 +12,13 @@ Printed are, for each method: the step's time (on one CPU thread: the process's)
 ratio of the minima over all rounds, with the quartiles of the rounds' ratios; tokens per second of the fastest step;
 and the peak memory of base, adapter, optimizer state and two steps together. On a GPU that is what PyTorch had
 allocated there at most; on a CPU, by how much the resident memory of a process that trains with this method alone grew
-at most after its imports.
+at most after its imports. With several numbers for --batch or --tokens, all pairs are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,17 +28,16 @@ from typing import Any
 import torch
 from common import (
     Ratio,
+    finish,
     growth_of_process,
     in_turns,
     is_cuda,
     llama,
-    new_parser,
+    new_timing_parser,
     parse,
     plot_ratios,
     seconds,
-    show,
     twin,
-    write_json,
 )
 from peft import (
     AdaLoraConfig,
@@ -56,7 +57,7 @@ from peft_reslora.reslora.config import Shortcut
 
 FLOOR, BASELINE = "frozen base", "LoRA"
 SMALLEST = {"hidden": 64, "layers": 2, "batch": 1, "tokens": 2}
-QUICK = {"hidden": 64, "layers": 2, "batch": 1, "tokens": 16, "rounds": 2}
+QUICK = {"hidden": 64, "layers": 2, "batch": [1], "tokens": [16], "rounds": 2}
 _ALL_STEPS = 10**6  # of AdaLoRA's schedule, which has to know
 
 
@@ -106,6 +107,7 @@ def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[
     if (config := configs(options.rank, options.hidden, options.dropout)[name]) is None:
         model.requires_grad_(False).train()
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model = compiled(model, options)
 
         def floor() -> None:
             with torch.autocast(**autocast):
@@ -118,6 +120,7 @@ def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[
     config.target_modules = "all-linear"  # type: ignore[attr-defined]
     model = get_peft_model(model, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, tuner = compiled(model, options), model.base_model
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     steps = iter(range(1, _ALL_STEPS))
 
@@ -127,10 +130,15 @@ def make_step(base: nn.Module, name: str, options: argparse.Namespace) -> tuple[
         loss.backward()
         optimizer.step()
         if isinstance(config, AdaLoraConfig):
-            model.base_model.update_and_allocate(next(steps))
+            tuner.update_and_allocate(next(steps))
         optimizer.zero_grad()
 
     return step, sum(parameter.numel() for parameter in trained)
+
+
+def compiled(model: Any, options: argparse.Namespace) -> Any:
+    """By torch.compile, if that was asked for."""
+    return torch.compile(model, backend=options.compile) if options.compile else model
 
 
 def make_base(options: argparse.Namespace) -> nn.Module:
@@ -158,27 +166,8 @@ def peak_memory(step: Callable[[], None], name: str, before: int, options: argpa
     return torch.cuda.max_memory_allocated(options.device) - before
 
 
-def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512, help="of each sequence")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
-    parser.add_argument("--autocast", choices=["none", "bfloat16", "float16"], default="none")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward")
-    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=METHODS)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to LoRA into a PNG")
-    options = parse(parser, QUICK)
-    torch.set_num_threads(options.threads)
-
-    names = list(dict.fromkeys((FLOOR, BASELINE, *options.only)))
-    base = make_base(options)
+def measure(base: nn.Module, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All methods at one batch size and sequence length."""
     size = sum(parameter.nbytes for parameter in base.parameters())
     steps: dict[str, Callable[[], None]] = {}
     parameters: dict[str, int] = {}
@@ -189,38 +178,77 @@ def main() -> None:
         memory[name] = peak_memory(steps[name], name, others, options)
     jobs = {name: partial(seconds, step, options.device) for name, step in steps.items()}
     times = in_turns(jobs, options.rounds, warmups=2)
-
-    results: list[dict[str, Any]] = [
+    return [
         {
             "method": name,
+            "batch": options.batch,
+            "tokens": options.tokens,
             "parameters": parameters[name],
             "seconds": min(times[name]),
             "to_lora": Ratio.of(times[name], times[BASELINE]),
             "to_floor": Ratio.of(times[name], times[FLOOR]),
             "tokens_per_second": options.batch * options.tokens / min(times[name]),
             "peak_bytes": memory[name],
+            "peak_to_lora": memory[name] / max(1, memory[BASELINE]),
         }
         for name in names
     ]
-    header = ("method", "parameters", "step / LoRA's (quartiles)", "step / floor", "tokens/s", "peak MiB", "/ LoRA's")
-    rows = [
-        (
-            str(r["method"]),
-            str(r["parameters"]),
-            str(r["to_lora"]),
-            f"{r['to_floor'].minima:.2f}",
-            f"{r['tokens_per_second']:.0f}",
-            f"{r['peak_bytes'] / 2**20:.0f}",
-            f"{r['peak_bytes'] / memory[BASELINE]:.2f}" if memory[BASELINE] else "-",
-        )
-        for r in results
-    ]
-    show(header, rows)
-    write_json(options, results)
+
+
+HEADER = (
+    "method",
+    "batch x tokens",
+    "parameters",
+    "step / LoRA's (quartiles)",
+    "step / floor",
+    "tokens/s",
+    "peak MiB",
+    "/ LoRA's",
+)
+
+
+def row(result: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        result["method"],
+        f"{result['batch']} x {result['tokens']}",
+        str(result["parameters"]),
+        str(result["to_lora"]),
+        f"{result['to_floor'].minima:.2f}",
+        f"{result['tokens_per_second']:.0f}",
+        f"{result['peak_bytes'] / 2**20:.0f}",
+        f"{result['peak_to_lora']:.2f}",
+    )
+
+
+def main() -> None:
+    parser = new_timing_parser(__doc__)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="of each sequence")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--autocast", choices=["none", "bfloat16", "float16"], default="none")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="by torch.compile")
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=METHODS)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to LoRA into a PNG")
+    options = parse(parser, QUICK)
+    torch.set_num_threads(options.threads)
+
+    names = list(dict.fromkeys((FLOOR, BASELINE, *options.only)))
+    base = make_base(options)
+    results: list[dict[str, Any]] = []
+    for batch, tokens in itertools.product(options.batch, options.tokens):
+        one = argparse.Namespace(**{**vars(options), "batch": batch, "tokens": tokens})
+        results += measure(base, names, one)
+    sizes = [f", {r['batch']} x {r['tokens']}" if len(results) > len(names) else "" for r in results]
+    ratios = {r["method"] + size: r["to_lora"] for r, size in zip(results, sizes, strict=True)}
+    draw = partial(plot_ratios, ratios, title="Training step against PEFT's LoRA")
+    finish(options, HEADER, [row(result) for result in results], results, draw)
     if options.plot is not None:
-        plot_ratios(
-            {str(r["method"]): r["to_lora"] for r in results}, options.plot, "Training step against PEFT's LoRA"
-        )
+        draw(options.plot)
 
 
 if __name__ == "__main__":

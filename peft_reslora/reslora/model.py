@@ -121,7 +121,8 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
 
     @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        with self._planned_merge(adapter_names, safe_merge, keep_base_weights=True), merged_or_not(self.model):
+        layers = self._adapted_layers(adapter_names)
+        with self._planned_merge(layers, adapter_names, safe_merge, keep_base_weights=True), merged_or_not(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     @full_precision()
@@ -140,8 +141,8 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         nothing: AbstractContextManager[list[Chain]] = nullcontext([])
-        plan = self._planned_merge(adapter_names, safe_merge, keep_base_weights=False) if merge else nothing
         merging = self._adapted_layers(adapter_names) if merge else {}
+        plan = self._planned_merge(merging, adapter_names, safe_merge, keep_base_weights=False) if merge else nothing
         refuse_inseparable(self.model, merging)
         with plan as chains:
             for name in dict.fromkeys(chain.adapter_name for chain in chains):
@@ -171,10 +172,13 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
 
     @contextmanager
     def _planned_merge(
-        self, adapter_names: Sequence[str] | None, safe_merge: bool, keep_base_weights: bool
+        self,
+        layers: Mapping[str, ResLoRALayer],
+        adapter_names: Sequence[str] | None,
+        safe_merge: bool,
+        keep_base_weights: bool,
     ) -> Iterator[list[Chain]]:
-        """Compute what a merge needs of all layers before it changes any, and refuse what cannot be merged."""
-        layers = self._adapted_layers(adapter_names)
+        """Compute what a merge into `layers` needs before it changes any, and refuse what cannot be merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
         refuse_shared_modules(self.model, layers)
         chains = [chain for name in names for chain in chains_of(self.model, name)]

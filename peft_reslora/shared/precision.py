@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ def full_precision() -> Iterator[None]:
     would go into what is made along the way. All are as they were at the end. Usable as a decorator.
     """
     device_types = {"cpu", "cuda", *_accelerators()}
+    if _is_full(device_types):  # as within another such block, one for each layer of a merge
+        yield
+        return
     with ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.no_grad())
@@ -29,6 +32,17 @@ def full_precision() -> Iterator[None]:
             if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
                 settings.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+def _is_full(device_types: Iterable[str]) -> bool:
+    """Whether there is nothing to set."""
+    return (
+        not (torch.is_inference_mode_enabled() or torch.is_grad_enabled())
+        and torch.get_default_dtype() is torch.float32
+        and hasattr(torch.backends.cuda.matmul, "fp32_precision")
+        and all(backend.matmul.fp32_precision == "ieee" for backend in _BACKENDS)
+        and not any(torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) for d in device_types)
+    )
 
 
 def _accelerators() -> list[str]:

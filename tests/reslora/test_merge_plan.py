@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.oracle import randomize_adapters, relative_error
-from helpers.tiny_models import TINY_MODELS
+from helpers.tiny_models import TINY_MODELS, narrow_llama
 from helpers.tolerances import rounding
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.reslora.merging.anneal import anneal_shortcuts
+from peft_reslora.reslora.merging.estimators import norm_of_sum
 from peft_reslora.reslora.merging.plan import merges_from_state_dict
 
 TINY = TINY_MODELS["llama"]
@@ -124,6 +126,50 @@ def test_one_merge_reads_each_base_weight_once(shortcut: str, way: str, monkeypa
     WAYS[way](model)
     assert len(reads) == sum(len(chain) - 1 for chain in chains)  # that of a chain's last layer stands for nothing
     assert set(reads.values()) == {1}
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_reads_of_base_weights_grow_with_the_depth_no_faster_than_the_layers(
+    shortcut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export of weight_norm read them once per pair of layers. Counted where the weight itself is read."""
+    reads: list[int] = []
+    read = ResLoRALayer._base_weight
+    monkeypatch.setattr(ResLoRALayer, "_base_weight", lambda layer: reads.append(id(layer)) or read(layer))
+    for layers in (4, 8, 16):
+        reads.clear()
+        fields = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        config = ResLoRAConfig(shortcut=shortcut, merge_estimator="weight_norm", **fields)
+        export_lora(get_peft_model(narrow_llama(layers), config))
+        assert len(reads) == len(set(reads)) == 2 * (layers - 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "dtype"),
+    [(7, 5, 3, torch.float32), (300, 2100, 4, torch.bfloat16), (1500, 1100, 2, torch.float32)],  # of one part and more
+)
+def test_the_norm_of_a_sum_is_that_of_the_sum(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    W, A, B = torch.randn(rows, columns, dtype=dtype), torch.randn(rank, columns), torch.randn(rows, rank)
+    expected = float((W.double() + B.double() @ A.double()).norm())
+    # Three sums over rows, columns and rank, whose parts are at most (||W|| + ||B A||)^2 in all.
+    parts = float(W.double().norm() + (B.double() @ A.double()).norm()) ** 2 / expected**2
+    assert norm_of_sum(W, A, B) == pytest.approx(expected, rel=parts * rounding(rows + columns + rank))
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-3])
+def test_the_norm_of_a_sum_in_which_both_parts_cancel(left: float) -> None:
+    torch.manual_seed(0)
+    A, B, rest = torch.eye(6), torch.randn(9, 6), torch.randn(9, 6)
+    W = left * rest - B
+    expected = float((W.double() + B.double()).norm())
+    assert norm_of_sum(W, A, B) == pytest.approx(expected, rel=rounding(6 * 9))
+
+
+def test_the_norm_of_a_sum_that_is_no_number_is_none() -> None:
+    W = torch.tensor([[1.0, math.nan]])
+    assert math.isnan(norm_of_sum(W, torch.ones(1, 2), torch.ones(1, 1)))
+    assert norm_of_sum(torch.tensor([[math.inf]]), torch.ones(1, 1), torch.ones(1, 1)) == pytest.approx(math.inf)
 
 
 @pytest.mark.parametrize("way", ["export", "merge and unload"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -43,6 +44,17 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 def is_lazy(block: ast.AST) -> bool:
     typing_only = isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
     return typing_only or isinstance(block, (ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+def test_an_import_of_the_package_brings_nothing_that_peft_and_transformers_do_not():
+    """Neither matplotlib nor datasets, trl, sklearn, rich, nor whatever else takes its time."""
+    script = (
+        "import sys, peft, transformers; before = {*sys.modules}; import peft_reslora; print({*sys.modules} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    brought = {name.partition(".")[0] for name in ast.literal_eval(done.stdout.splitlines()[-1])}
+    assert "peft_reslora" in brought
+    assert brought - set(sys.stdlib_module_names) == {"peft_reslora"}
 
 
 def test_every_import_is_declared():

@@ -31,6 +31,8 @@ from peft_reslora.shared.tensors import widen
 # with which it takes part in the forward pass.
 SHORTCUT_PARTS = ("lora_shortcut", "lora_calibrated", "lora_annealed")
 UNRECORDED = -1.0  # in a norm window: no training forward yet (a root mean square is never negative)
+_ENTRIES_AT_ONCE = 2**19  # of a base weight: 2 MiB in float32, which a core's caches hold
+_CANCELLED = 1e-3  # share of the squares of two parts below which that of their sum is computed from the sum itself
 _DRIFT = 0.01  # by how much, in relation to their norm, factors may differ from those that were calibrated
 
 
@@ -197,9 +199,28 @@ def _weight_norm_coefficients(chain: Sequence[Block], config: ResLoRAConfig) -> 
                 "adapter's files. Load the adapter onto its base model, or set merge_estimator to another."
             )
         A, B = merged_factors(chain, n, config, coefficients[n])
-        norm = float(torch.linalg.matrix_norm(torch.addmm(block.base_weight().to(B), B, A)))
-        f.append(_checked_norm(norm, block.name, "merged weight"))
+        f.append(_checked_norm(norm_of_sum(block.base_weight().to(B.device), A, B), block.name, "merged weight"))
     return coefficients
+
+
+def norm_of_sum(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
+    """||W + B A||_F, by ||W||^2 + 2 <B^T W, A> + <B^T B, A A^T>: nothing of W's size is made, and W is read once.
+
+    Unless the sum is so much smaller than W and B A that their difference would be lost in rounding.
+    """
+    norms, projected = [], torch.zeros_like(A)  # of parts of W; B^T W
+    step = max(1, _ENTRIES_AT_ONCE // W.shape[1])
+    for rows, own in zip(W.split(step), B.split(step), strict=True):
+        rows = rows.to(A.dtype)
+        norms.append(torch.linalg.vector_norm(rows))
+        projected.addmm_(own.t(), rows)
+    squares = torch.stack(norms).double().square().sum()
+    update = ((B.t() @ B).double() * (A @ A.t()).double()).sum()
+    square = squares + 2 * (projected.double() * A.double()).sum() + update
+    parts, square = torch.stack([squares + update, square]).tolist()
+    if math.isfinite(square) and square < _CANCELLED * parts:
+        return float(torch.linalg.matrix_norm(torch.addmm(W.to(B), B, A)))
+    return math.sqrt(square) if math.isfinite(square) else square
 
 
 def _mean_norm(block: Block) -> float:
