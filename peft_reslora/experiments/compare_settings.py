@@ -14,6 +14,7 @@ from peft_reslora.experiments.settings import (
     TaskName,
     TrainSettings,
     base_values,
+    check_images,
     check_sizes,
     check_training,
     check_tuner,
@@ -71,6 +72,7 @@ def compare_settings(config: ConfigFile) -> CompareSettings:
     settings = dataclasses.replace(settings, methods=_methods(config, settings))
     check_training(config, settings.training)
     check_sizes(config, settings.data)
+    check_images(config, settings)
     _check_protocol(config, settings)
     return settings
 

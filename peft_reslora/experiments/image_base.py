@@ -1,0 +1,149 @@
+"""What makes images of captions: a UNet, the encoder of its captions, its noise schedule, and an autoencoder if any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+
+from peft_reslora.experiments.denoising import DenoisingUNet
+from peft_reslora.experiments.settings import DataSettings, ImageSettings
+
+_BATCH = 16
+_PIPELINES = ("StableDiffusionPipeline",)
+
+
+@dataclass(frozen=True)
+class ImageBase:
+    """All parts are frozen; without `vae` the UNet works on pixels."""
+
+    unet: DenoisingUNet
+    text_encoder: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    schedule: DDPMScheduler
+    vae: AutoencoderKL | None = None
+
+
+def load_pipeline(name: str, dtype: str) -> ImageBase:
+    """The parts of a saved pipeline with one text encoder and a UNet: Stable Diffusion 1 and 2.
+
+    Raises:
+        ValueError: for a pipeline of another class.
+    """
+    kind = DiffusionPipeline.load_config(name).get("_class_name")
+    if kind not in _PIPELINES:
+        raise ValueError(f"base.name={name} is a {kind}; text_to_image trains the UNet of {', '.join(_PIPELINES)}.")
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae").eval()
+    return load_parts(name, dtype, vae)
+
+
+def load_parts(folder: str, dtype: str = "float32", vae: AutoencoderKL | None = None) -> ImageBase:
+    """UNet, text encoder, tokenizer and schedule from the subfolders in which diffusers saves them."""
+    unet = DenoisingUNet.from_pretrained(folder, subfolder="unet", torch_dtype=getattr(torch, dtype)).eval()
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    return ImageBase(unet, text_encoder, tokenizer, DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), vae)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tensor:
+    """Ids, cut and padded to `length`: shape `(captions, length)`."""
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+def embedded(base: ImageBase, captions: Sequence[str], settings: DataSettings) -> Tensor:
+    """What the UNet attends to: shape `(captions, max_length, width)`.
+
+    Raises:
+        ValueError: if `max_length` is more than the text encoder takes; where `too_long` is "refuse", for the first
+            caption that is longer than it.
+    """
+    limit = int(base.text_encoder.config.max_position_embeddings)
+    if settings.max_length > limit:
+        raise ValueError(f"data.max_length={settings.max_length} is more than the {limit} tokens the model takes.")
+    if settings.too_long == "refuse":
+        for caption in captions:
+            if (length := len(base.tokenizer(caption)["input_ids"])) > settings.max_length:
+                raise ValueError(f"{caption[:60]!r}: {length} tokens, more than data.max_length={settings.max_length}.")
+    parts = [
+        base.text_encoder(input_ids=tokens_of(base.tokenizer, captions[i : i + _BATCH], settings.max_length))
+        for i in range(0, len(captions), _BATCH)
+    ]
+    return torch.cat([part.last_hidden_state for part in parts])
+
+
+def encoded(base: ImageBase, images: Iterable[Tensor]) -> Tensor:
+    """Images from -1 to 1, one after the other, as the UNet sees them: `(images, channels, height, width)`."""
+    return torch.stack([_encoded(base.vae, image) for image in images])
+
+
+def _encoded(vae: AutoencoderKL | None, image: Tensor) -> Tensor:
+    if vae is None:
+        return image
+    latents: Tensor = vae.encode(image[None]).latent_dist.mode()[0]
+    return (latents - _shift(vae)) * vae.config.scaling_factor
+
+
+def decoded(base: ImageBase, latents: Tensor) -> Tensor:
+    """Images from -1 to 1: the inverse of `encoded`."""
+    if base.vae is None:
+        return latents.clamp(-1, 1)
+    vae = base.vae
+    scaled = latents / vae.config.scaling_factor + _shift(vae)
+    return torch.cat([vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1)
+
+
+def _shift(vae: AutoencoderKL) -> float:
+    return float(vae.config.shift_factor or 0.0)
+
+
+@torch.no_grad()
+def generated(model: nn.Module, base: ImageBase, texts: Tensor, empty: Tensor, settings: ImageSettings) -> Tensor:
+    """An image for each caption, from noise that depends on its place only: shape `(captions, 3, size, size)`.
+
+    DDIM without noise on the way (arXiv 2010.02502), guided away from the empty caption (arXiv 2207.12598, Eq. 6).
+
+    Args:
+        model: the base's UNet with or without an adapter.
+        base: the other parts.
+        texts: states of the captions, shape `(captions, tokens, width)`.
+        empty: of the empty caption, shape `(1, tokens, width)`.
+        settings: steps and the scale of the guidance.
+    """
+    was_training = model.training
+    model.eval()
+    found = [
+        _generated(model, base, texts[i : i + _BATCH], empty, settings, i) for i in range(0, len(texts), _BATCH)
+    ]
+    model.train(was_training)
+    return torch.cat(found)
+
+
+def _generated(
+    model: nn.Module, base: ImageBase, texts: Tensor, empty: Tensor, settings: ImageSettings, first: int
+) -> Tensor:
+    device = next(model.parameters()).device
+    schedule: Any = DDIMScheduler.from_config(base.schedule.config)
+    schedule.set_timesteps(settings.sampling_steps)
+    config: Any = base.unet.config
+    side = settings.size if base.vae is None else settings.size // 2 ** (len(base.vae.config.block_out_channels) - 1)
+    shape = (int(config.in_channels), side, side)
+    latents = torch.stack([torch.randn(shape, generator=_seeded(first + i)) for i in range(len(texts))])
+    both = torch.cat([empty.expand(len(texts), -1, -1), texts]).to(device)
+    for timestep in schedule.timesteps:
+        inputs = schedule.scale_model_input(torch.cat([latents, latents]), timestep).to(device)
+        times = timestep.to(device).expand(len(inputs))
+        found = model(sample=inputs, timestep=times, encoder_hidden_states=both).sample.float().cpu()
+        without, wanted = found.chunk(2)
+        latents = schedule.step(without + settings.guidance * (wanted - without), timestep, latents).prev_sample
+    return decoded(base, latents)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
