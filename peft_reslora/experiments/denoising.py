@@ -25,7 +25,7 @@ class Denoised(BaseOutput):
 
 
 class DenoisingUNet(UNet2DConditionModel):
-    """diffusers' UNet, with the same weights and names; given `labels`, its output has a loss, as the Trainer needs."""
+    """diffusers' UNet with the same weights and names; given `labels`, its output has a loss, as the Trainer needs."""
 
     accepts_loss_kwargs = False  # else transformers' Trainer would leave the division by accumulated batches to it
 
@@ -42,7 +42,9 @@ class DenoisingUNet(UNet2DConditionModel):
         return str(self.config.get("_name_or_path", ""))
 
 
-def noisy_row(schedule: DDPMScheduler, latents: Tensor, text: Tensor, seed: int, timestep: int | None = None) -> Example:
+def noisy_row(
+    schedule: DDPMScheduler, latents: Tensor, text: Tensor, seed: int, timestep: int | None = None
+) -> Example:
     """One image `(channels, h, w)` with noise, its caption's states `(tokens, width)`, and what is to be predicted.
 
     Noise, and without a `timestep` that too, follow from the seed.

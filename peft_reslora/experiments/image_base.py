@@ -1,4 +1,4 @@
-"""What makes images of captions: a UNet, the encoder of its captions, its noise schedule, and an autoencoder if any."""
+"""What makes images of captions: a UNet, the encoder of its captions, a noise schedule, and an autoencoder if any."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.denoising import DenoisingUNet
-from peft_reslora.experiments.settings import DataSettings, ImageSettings
+from peft_reslora.experiments.images import image_settings
+from peft_reslora.experiments.settings import BaseSettings, DataSettings, ImageSettings
 
 _BATCH = 16
 _PIPELINES = ("StableDiffusionPipeline",)
@@ -35,11 +36,15 @@ def load_pipeline(name: str, dtype: str) -> ImageBase:
     Raises:
         ValueError: for a pipeline of another class.
     """
+    _check_pipeline(name)
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae").eval()
+    return load_parts(name, dtype, vae)
+
+
+def _check_pipeline(name: str) -> None:
     kind = DiffusionPipeline.load_config(name).get("_class_name")
     if kind not in _PIPELINES:
         raise ValueError(f"base.name={name} is a {kind}; text_to_image trains the UNet of {', '.join(_PIPELINES)}.")
-    vae = AutoencoderKL.from_pretrained(name, subfolder="vae").eval()
-    return load_parts(name, dtype, vae)
 
 
 def load_parts(folder: str, dtype: str = "float32", vae: AutoencoderKL | None = None) -> ImageBase:
@@ -48,6 +53,27 @@ def load_parts(folder: str, dtype: str = "float32", vae: AutoencoderKL | None = 
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     return ImageBase(unet, text_encoder, tokenizer, DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), vae)
+
+
+def build_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
+    """The UNet of `base`'s sizes, on pixels, for the text encoder's width."""
+    width = CLIPTextConfig(**settings.text_encoder).hidden_size
+    shapes = {"sample_size": image_settings(data).size, "in_channels": 3, "out_channels": 3}
+    return DenoisingUNet(**shapes, cross_attention_dim=width, **settings.fields)
+
+
+def empty_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
+    """The UNet on the meta device; of a pipeline, only configs are read.
+
+    Raises:
+        ValueError: as `load_pipeline`.
+    """
+    with torch.device("meta"):
+        if settings.name is None:
+            return build_unet(settings, data)
+        _check_pipeline(settings.name)
+        unet: DenoisingUNet = DenoisingUNet.from_config(DenoisingUNet.load_config(settings.name, subfolder="unet"))
+        return unet
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tensor:
@@ -70,7 +96,9 @@ def embedded(base: ImageBase, captions: Sequence[str], settings: DataSettings) -
     if settings.too_long == "refuse":
         for caption in captions:
             if (length := len(base.tokenizer(caption)["input_ids"])) > settings.max_length:
-                raise ValueError(f"{caption[:60]!r}: {length} tokens, more than data.max_length={settings.max_length}.")
+                raise ValueError(
+                    f"{caption[:60]!r}: {length} tokens, more than data.max_length={settings.max_length}."
+                )
     parts = [
         base.text_encoder(input_ids=tokens_of(base.tokenizer, captions[i : i + _BATCH], settings.max_length))
         for i in range(0, len(captions), _BATCH)
@@ -118,9 +146,7 @@ def generated(model: nn.Module, base: ImageBase, texts: Tensor, empty: Tensor, s
     """
     was_training = model.training
     model.eval()
-    found = [
-        _generated(model, base, texts[i : i + _BATCH], empty, settings, i) for i in range(0, len(texts), _BATCH)
-    ]
+    found = [_generated(model, base, texts[i : i + _BATCH], empty, settings, i) for i in range(0, len(texts), _BATCH)]
     model.train(was_training)
     return torch.cat(found)
 

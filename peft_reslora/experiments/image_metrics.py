@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -23,7 +24,7 @@ class FixedEncoder:
         generator = torch.Generator().manual_seed(0)
         self._filters = [
             torch.randn(out, into, 3, 3, generator=generator) * math.sqrt(2 / (9 * into))
-            for into, out in zip(_CHANNELS, _CHANNELS[1:], strict=False)
+            for into, out in itertools.pairwise(_CHANNELS)
         ]
         self._center = self._features(reference).mean(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
-from peft_reslora.experiments.denoising import DenoisingUNet
-from peft_reslora.experiments.image_base import ImageBase, load_parts, tokens_of
-from peft_reslora.experiments.images import all_pixels, as_array, caption_of, image_settings, other_families
+from peft_reslora.experiments.image_base import ImageBase, build_unet, load_parts, tokens_of
+from peft_reslora.experiments.images import all_pixels, as_array, caption_of, other_families
 from peft_reslora.experiments.pretraining import cache_folder
 from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, PretrainSettings
@@ -53,13 +51,6 @@ def _untrained(settings: BaseSettings, data: DataSettings, tokenizer: PreTrained
     return ImageBase(build_unet(settings, data), text_encoder, tokenizer, schedule)
 
 
-def build_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
-    """The UNet of `base`'s sizes, on pixels, for the text encoder's width."""
-    width = CLIPTextConfig(**settings.text_encoder).hidden_size
-    shapes = {"sample_size": image_settings(data).size, "in_channels": 3, "out_channels": 3}
-    return DenoisingUNet(**shapes, cross_attention_dim=width, **settings.fields)
-
-
 def _train(base: ImageBase, pretrain: PretrainSettings, images: Tensor, tokens: Tensor) -> None:
     """AdamW with warmup and a linear decay, UNet and text encoder together; the last row of `tokens` is empty."""
     models = nn.ModuleList([base.unet, base.text_encoder]).train()
@@ -83,7 +74,9 @@ def _batches(schedule: Any, images: Tensor, size: int) -> Iterator[tuple[dict[st
     generator = torch.Generator().manual_seed(0)
     while True:
         for rows in torch.randperm(len(images), generator=generator).split(size):
-            mirrored, nameless = (torch.rand(2, len(rows), generator=generator) < torch.tensor([[0.5], [_WITHOUT_CAPTION]]))
+            mirrored, nameless = torch.rand(2, len(rows), generator=generator) < torch.tensor(
+                [[0.5], [_WITHOUT_CAPTION]]
+            )
             clean = torch.where(mirrored[:, None, None, None], images[rows].flip(-1), images[rows])
             noise = torch.randn(clean.shape, generator=generator)
             times = torch.randint(schedule.config.num_train_timesteps, (len(rows),), generator=generator)

@@ -38,6 +38,7 @@ HEADER = (
     "native KB",
     "exported KB",
     "forgetting",
+    "similarity",
 )
 
 
@@ -70,6 +71,7 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         _kilobytes(s.native_bytes),
         _kilobytes(s.exported_bytes),
         _MISSING if s.forgetting is None else f"{s.forgetting:.3f}",
+        _MISSING if s.similarity is None else f"{s.similarity:.2f}",
     )
 
 
@@ -94,7 +96,7 @@ def write_report(folder: Path, settings: CompareSettings, task: Task, summaries:
     write_whole(folder / "table.csv", text.getvalue())
     plot_losses(summaries, settings.reference, folder / "losses.png", settings.title)
     plot_rates(summaries, settings.reference, folder / "rates.png", settings.title, task.metric)
-    plot_pareto(summaries, folder / "pareto.png", settings.title, task.metric)
+    plot_pareto(summaries, folder / "pareto.png", settings.title, task.metric, task.lower_is_better)
     write_whole(folder / "REPORT.md", report_text(settings, task, summaries))
 
 
@@ -130,9 +132,10 @@ def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
 def _tables(summaries: Sequence[MethodSummary]) -> list[str]:
     """Two tables of the same methods, since one would be too wide to read: results, then training and cost."""
     rows = [HEADER, *table_rows(summaries)]
-    results, costs = [0, 2, 3, 4, 5, 6, 7, 8], [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-    if all(row[18] == _MISSING for row in rows[1:]):
-        costs.remove(18)
+    results, costs = [0, 2, 3, 4, 5, 6, 7, 8], [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+    for column in (18, 19):
+        if all(row[column] == _MISSING for row in rows[1:]):
+            costs.remove(column)
     return [*_markdown(rows, results), "", *_markdown(rows, costs)]
 
 
@@ -144,11 +147,12 @@ def _markdown(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str
 def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSummary]) -> list[str]:
     steps = next((s.steps for s in summaries if s.steps), None)
     sizes = ", ".join(f"{size:,} {name}" for name, size in task.data.sizes().items())
+    direction = ", lower is better" if task.lower_is_better else ""
     pairs = next((s.cost["pairs"] for s in summaries if s.cost), 0)
     lines = [
-        f"- Task: {prose(settings.task)}; metric: {prose(task.metric)} in %; rows: {sizes}. {steps or 'Unknown'} "
-        f"steps of {settings.training.get('per_device_train_batch_size', 16)} rows, the same in the same order for "
-        "all methods at one seed.",
+        f"- Task: {prose(settings.task)}; metric: {prose(task.metric)} in %{direction}; rows: {sizes}. "
+        f"{steps or 'Unknown'} steps of {settings.training.get('per_device_train_batch_size', 16)} rows, the same in "
+        "the same order for all methods at one seed.",
         f"- Learning rates: half a decade apart, then a quarter around the best, chosen on the validation split with "
         f"seed {settings.search_seed}, which is not among those reported: {', '.join(map(str, settings.seeds))}.",
         "- test: mean and standard deviation over the seeds, before the merge. difference: to the reference, paired "
@@ -161,6 +165,11 @@ def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSumm
         f"- Step time and memory: ratios to the reference; {pairs} pairs of steps in turns, medians with quartiles. "
         "Memory: peak of what a step has alive beside weights and optimizer.",
     ]
+    if task.generated is not None:
+        lines.append(
+            "- similarity: of generated images to the real ones of the test split, in %, higher is more alike. "
+            "forgetting: the drift, how far images for unrelated captions have moved from the base's, in %."
+        )
     unequal = [s.name for s in summaries if not s.budget.equal]
     if unequal:
         lines.append(f"- Not within 2 % of the reference's parameters: {prose(', '.join(unequal))}.")

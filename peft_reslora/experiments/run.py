@@ -35,6 +35,7 @@ from peft_reslora.export import save_as_lora
 
 ADAPTER, LORA, MERGED, BASE = "adapter", "lora", "merged", "base"
 METRICS, CONFIG, RUN = "metrics.json", "config.yaml", "run.json"
+IMAGES = "images"
 _CHECKPOINTS = "checkpoints"
 _SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 
@@ -77,7 +78,8 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     _start(folder, settings, task)
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train))
-    trained = fit(task, method, arguments, steps, resume=checkpoint)
+    callbacks = (task.watch(folder / IMAGES, settings.tuner["peft_type"]),) if task.watch else ()
+    trained = fit(task, method, arguments, steps, callbacks, resume=checkpoint)
     return _finish(folder, settings, task, trained)
 
 
@@ -172,6 +174,7 @@ def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequenc
         "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
         "after_merge": {} if trained.diverged else merged_metrics(task, trained.model, merged, calibration_rows),
         "forgetting": task.forgetting(trained.model) if task.forgetting else None,
+        "generated": task.generated(trained.model) if task.generated and not trained.diverged else None,
         "losses": [round(loss, 6) for _, loss in trained.losses],
         "steps": trained.steps,
         "trained_parameters": trained_parameters(trained.model),

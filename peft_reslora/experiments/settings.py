@@ -310,7 +310,10 @@ def check_images(config: ConfigFile, settings: _Described) -> None:
     from transformers import CLIPTextConfig
 
     refuse_unknown_keys(
-        config, ("base", "text_encoder"), settings.base.text_encoder, [f.name for f in dataclasses.fields(CLIPTextConfig)]
+        config,
+        ("base", "text_encoder"),
+        settings.base.text_encoder,
+        [f.name for f in dataclasses.fields(CLIPTextConfig)],
     )
 
 
