@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from peft_reslora.experiments.task import Batch, Example
 
-_HELD_OUT = 2**40  # where the seeds of held-out noise begin, beyond those of training rows
+_HELD_OUT = 2**31  # where the seeds of held-out noise begin; torch takes 32 bits of a seed
 
 
 @dataclass
@@ -29,12 +29,21 @@ class DenoisingUNet(UNet2DConditionModel):
 
     accepts_loss_kwargs = False  # else transformers' Trainer would leave the division by accumulated batches to it
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Mean squared error of the predicted target (arXiv 2006.11239, Eq. 14); images `(rows, channels, h, w)`."""
+        dtype = self.conv_in.weight.dtype
+        found = super().forward(sample.to(dtype), timestep, encoder_hidden_states.to(dtype), *args, **kwargs)
         if labels is None:
-            return super().forward(*args, **kwargs)
-        sample = super().forward(*args, **kwargs).sample
-        return Denoised(nn.functional.mse_loss(sample.float(), labels.float()), sample)
+            return found
+        return Denoised(nn.functional.mse_loss(found.sample.float(), labels.float()), found.sample)
 
     @property
     def name_or_path(self) -> str:
@@ -42,9 +51,7 @@ class DenoisingUNet(UNet2DConditionModel):
         return str(self.config.get("_name_or_path", ""))
 
 
-def noisy_row(
-    schedule: DDPMScheduler, latents: Tensor, text: Tensor, seed: int, timestep: int | None = None
-) -> Example:
+def noisy_row(schedule: Any, latents: Tensor, text: Tensor, seed: int, timestep: int | None = None) -> Example:
     """One image `(channels, h, w)` with noise, its caption's states `(tokens, width)`, and what is to be predicted.
 
     Noise, and without a `timestep` that too, follow from the seed.
@@ -71,7 +78,7 @@ class NoisyRows(Sequence[Example]):
     that goes on from a checkpoint too.
     """
 
-    def __init__(self, schedule: DDPMScheduler, latents: Tensor, texts: Tensor, draws: int) -> None:
+    def __init__(self, schedule: Any, latents: Tensor, texts: Tensor, draws: int) -> None:
         self._schedule, self._latents, self._texts, self._draws = schedule, latents, texts, draws
 
     def __len__(self) -> int:
@@ -94,7 +101,7 @@ def stacked(rows: Sequence[Example]) -> Batch:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def held_out_rows(schedule: DDPMScheduler, latents: Tensor, texts: Tensor, timesteps: int) -> list[Example]:
+def held_out_rows(schedule: Any, latents: Tensor, texts: Tensor, timesteps: int) -> list[Example]:
     """Every image at the middles of so many equal parts of the schedule, under noise that is always the same."""
     steps = int(schedule.config.num_train_timesteps)
     middles = [int((part + 0.5) * steps / timesteps) for part in range(timesteps)]

@@ -16,18 +16,22 @@ from peft_reslora.experiments.images import image_settings
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, ImageSettings
 
 _BATCH = 16
+_DRAWN = 2**30  # where the seeds of generated images begin, beyond those of training rows
 _PIPELINES = ("StableDiffusionPipeline",)
 
 
 @dataclass(frozen=True)
 class ImageBase:
-    """All parts are frozen; without `vae` the UNet works on pixels."""
+    """UNet, text encoder, DDPM schedule and autoencoder, all frozen; without `vae` the UNet works on pixels.
 
-    unet: DenoisingUNet
-    text_encoder: nn.Module
+    Type checkers see placeholders where diffusers has its classes.
+    """
+
+    unet: Any
+    text_encoder: Any
     tokenizer: PreTrainedTokenizerBase
-    schedule: DDPMScheduler
-    vae: AutoencoderKL | None = None
+    schedule: Any
+    vae: Any = None
 
 
 def load_pipeline(name: str, dtype: str) -> ImageBase:
@@ -37,8 +41,10 @@ def load_pipeline(name: str, dtype: str) -> ImageBase:
         ValueError: for a pipeline of another class.
     """
     _check_pipeline(name)
-    vae = AutoencoderKL.from_pretrained(name, subfolder="vae").eval()
-    return load_parts(name, dtype, vae)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_parts(name, dtype, AutoencoderKL.from_pretrained(name, subfolder="vae").eval().to(device))
+    base.text_encoder.to(device)
+    return base
 
 
 def _check_pipeline(name: str) -> None:
@@ -47,7 +53,7 @@ def _check_pipeline(name: str) -> None:
         raise ValueError(f"base.name={name} is a {kind}; text_to_image trains the UNet of {', '.join(_PIPELINES)}.")
 
 
-def load_parts(folder: str, dtype: str = "float32", vae: AutoencoderKL | None = None) -> ImageBase:
+def load_parts(folder: str, dtype: str = "float32", vae: Any = None) -> ImageBase:
     """UNet, text encoder, tokenizer and schedule from the subfolders in which diffusers saves them."""
     unet = DenoisingUNet.from_pretrained(folder, subfolder="unet", torch_dtype=getattr(torch, dtype)).eval()
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
@@ -55,14 +61,14 @@ def load_parts(folder: str, dtype: str = "float32", vae: AutoencoderKL | None = 
     return ImageBase(unet, text_encoder, tokenizer, DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), vae)
 
 
-def build_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
+def build_unet(settings: BaseSettings, data: DataSettings) -> Any:
     """The UNet of `base`'s sizes, on pixels, for the text encoder's width."""
     width = CLIPTextConfig(**settings.text_encoder).hidden_size
     shapes = {"sample_size": image_settings(data).size, "in_channels": 3, "out_channels": 3}
     return DenoisingUNet(**shapes, cross_attention_dim=width, **settings.fields)
 
 
-def empty_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
+def empty_unet(settings: BaseSettings, data: DataSettings) -> Any:
     """The UNet on the meta device; of a pipeline, only configs are read.
 
     Raises:
@@ -72,8 +78,7 @@ def empty_unet(settings: BaseSettings, data: DataSettings) -> DenoisingUNet:
         if settings.name is None:
             return build_unet(settings, data)
         _check_pipeline(settings.name)
-        unet: DenoisingUNet = DenoisingUNet.from_config(DenoisingUNet.load_config(settings.name, subfolder="unet"))
-        return unet
+        return DenoisingUNet.from_config(DenoisingUNet.load_config(settings.name, subfolder="unet"))
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tensor:
@@ -99,11 +104,8 @@ def embedded(base: ImageBase, captions: Sequence[str], settings: DataSettings) -
                 raise ValueError(
                     f"{caption[:60]!r}: {length} tokens, more than data.max_length={settings.max_length}."
                 )
-    parts = [
-        base.text_encoder(input_ids=tokens_of(base.tokenizer, captions[i : i + _BATCH], settings.max_length))
-        for i in range(0, len(captions), _BATCH)
-    ]
-    return torch.cat([part.last_hidden_state for part in parts])
+    ids = tokens_of(base.tokenizer, captions, settings.max_length).to(_device(base.text_encoder))
+    return torch.cat([base.text_encoder(input_ids=part).last_hidden_state.cpu() for part in ids.split(_BATCH)])
 
 
 def encoded(base: ImageBase, images: Iterable[Tensor]) -> Tensor:
@@ -111,11 +113,11 @@ def encoded(base: ImageBase, images: Iterable[Tensor]) -> Tensor:
     return torch.stack([_encoded(base.vae, image) for image in images])
 
 
-def _encoded(vae: AutoencoderKL | None, image: Tensor) -> Tensor:
+def _encoded(vae: Any, image: Tensor) -> Tensor:
     if vae is None:
         return image
-    latents: Tensor = vae.encode(image[None]).latent_dist.mode()[0]
-    return (latents - _shift(vae)) * vae.config.scaling_factor
+    latents: Tensor = vae.encode(image[None].to(_device(vae))).latent_dist.mode()[0]
+    return (latents.cpu() - _shift(vae)) * vae.config.scaling_factor
 
 
 def decoded(base: ImageBase, latents: Tensor) -> Tensor:
@@ -124,10 +126,14 @@ def decoded(base: ImageBase, latents: Tensor) -> Tensor:
         return latents.clamp(-1, 1)
     vae = base.vae
     scaled = latents / vae.config.scaling_factor + _shift(vae)
-    return torch.cat([vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1)
+    return torch.cat([vae.decode(one[None].to(_device(vae))).sample.cpu() for one in scaled]).clamp(-1, 1)
 
 
-def _shift(vae: AutoencoderKL) -> float:
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _shift(vae: Any) -> float:
     return float(vae.config.shift_factor or 0.0)
 
 
@@ -154,13 +160,13 @@ def generated(model: nn.Module, base: ImageBase, texts: Tensor, empty: Tensor, s
 def _generated(
     model: nn.Module, base: ImageBase, texts: Tensor, empty: Tensor, settings: ImageSettings, first: int
 ) -> Tensor:
-    device = next(model.parameters()).device
+    device = _device(model)
     schedule: Any = DDIMScheduler.from_config(base.schedule.config)
     schedule.set_timesteps(settings.sampling_steps)
     config: Any = base.unet.config
     side = settings.size if base.vae is None else settings.size // 2 ** (len(base.vae.config.block_out_channels) - 1)
     shape = (int(config.in_channels), side, side)
-    latents = torch.stack([torch.randn(shape, generator=_seeded(first + i)) for i in range(len(texts))])
+    latents = torch.stack([torch.randn(shape, generator=_seeded(_DRAWN + first + i)) for i in range(len(texts))])
     both = torch.cat([empty.expand(len(texts), -1, -1), texts]).to(device)
     for timestep in schedule.timesteps:
         inputs = schedule.scale_model_input(torch.cat([latents, latents]), timestep).to(device)

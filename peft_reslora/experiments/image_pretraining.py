@@ -37,7 +37,8 @@ def pretrained_images(settings: BaseSettings, pretrain: PretrainSettings, data: 
         parts = _untrained(settings, data, tokenizer)
         _train(parts, pretrain, images, tokens_of(tokenizer, [*captions, ""], data.max_length))
         with replaced_folder(folder, _FOLDERS) as new:
-            for name, part in zip(_FOLDERS, (parts.unet, parts.text_encoder, tokenizer, parts.schedule), strict=True):
+            saved: list[Any] = [parts.unet, parts.text_encoder, tokenizer, parts.schedule]
+            for name, part in zip(_FOLDERS, saved, strict=True):
                 part.save_pretrained(str(new / name))
     return load_parts(str(folder))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -96,24 +96,24 @@ class Drawing:
         self._split = data.splits.get("test", data.splits["train"])
         self._encoder = FixedEncoder(torch.stack(list(pixels(_first(data.splits["train"], _REFERENCE), settings))))
         self.unrelated = unrelated_captions(settings)
+        self._of_base: Tensor | None = None  # the same for all models
 
     def similarity(self, model: nn.Module) -> dict[str, float]:
         """Of images generated for captions of the test split to the real ones."""
         captions, real = self._real(self._images.samples)
         return {"similarity": similarity(self._encoder(self._generate(model, captions)), self._encoder(real))}
 
-    def drift(self, model: nn.Module) -> float:
-        """Distance of images for unrelated captions to those of the base, from the same noise."""
+    def drift(self, model: PeftModel) -> float:
+        """Distance of images for unrelated captions to those without the adapter, from the same noise."""
+        if self._of_base is None:
+            with model.disable_adapter():
+                self._of_base = self._encoder(self._generate(model, self.unrelated))
         return drift(self._encoder(self._generate(model, self.unrelated)), self._of_base)
 
     def watch(self, path: Path, title: str) -> TrainerCallback:
         """Draws a grid of images at several steps of a run to `path`."""
         captions, real = self._real(self._images.shown)
         return GridCallback(lambda model: self._generate(model, captions), real, captions, path, title)
-
-    @cached_property
-    def _of_base(self) -> Tensor:
-        return self._encoder(self._generate(self._base.unet, self.unrelated))
 
     def _real(self, count: int) -> tuple[list[str], Tensor]:
         """The first captions and images of the test split; where there is none, of the training split."""

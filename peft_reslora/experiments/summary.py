@@ -138,7 +138,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _similarity(run: Line) -> float | None:
+def _similarity(run: Line) -> Any:
+    """None where nothing was generated, or no number came out."""
     return (run.get("generated") or {}).get("similarity")
 
 
