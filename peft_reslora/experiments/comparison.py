@@ -294,12 +294,13 @@ def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any],
 
 
 def chosen(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
+    """The fields of a dataclass that differ from their defaults, as JSON has them."""
     defaults = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(settings)
     }
-    return {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    differ = {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    return {name: chosen(value) if dataclasses.is_dataclass(value) else value for name, value in differ.items()}
 
 
 def saved_sizes(trained: Trained) -> dict[str, int | None]:

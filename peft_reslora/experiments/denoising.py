@@ -24,7 +24,10 @@ class Denoised(BaseOutput):
     sample: Tensor | None = None
 
 
-class DenoisingUNet(UNet2DConditionModel):
+_UNet: Any = UNet2DConditionModel  # type checkers see a placeholder where diffusers has its class
+
+
+class DenoisingUNet(_UNet):
     """diffusers' UNet with the same weights and names; given `labels`, its output has a loss, as the Trainer needs."""
 
     accepts_loss_kwargs = False  # else transformers' Trainer would leave the division by accumulated batches to it

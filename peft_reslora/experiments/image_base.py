@@ -22,10 +22,7 @@ _PIPELINES = ("StableDiffusionPipeline",)
 
 @dataclass(frozen=True)
 class ImageBase:
-    """UNet, text encoder, DDPM schedule and autoencoder, all frozen; without `vae` the UNet works on pixels.
-
-    Type checkers see placeholders where diffusers has its classes.
-    """
+    """UNet, text encoder, DDPM schedule and autoencoder, all frozen; without `vae` the UNet works on pixels."""
 
     unet: Any
     text_encoder: Any

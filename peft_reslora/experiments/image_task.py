@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -103,7 +103,7 @@ class Drawing:
         captions, real = self._real(self._images.samples)
         return {"similarity": similarity(self._encoder(self._generate(model, captions)), self._encoder(real))}
 
-    def drift(self, model: PeftModel) -> float:
+    def drift(self, model: Any) -> float:
         """Distance of images for unrelated captions to those without the adapter, from the same noise."""
         if self._of_base is None:
             with model.disable_adapter():
