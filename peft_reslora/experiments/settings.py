@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import typing
 from collections.abc import Mapping
@@ -201,8 +202,19 @@ def as_config(settings: Any) -> dict[str, Any]:
     return values
 
 
+def require_diffusers() -> None:
+    """Refuse to go on without what makes images.
+
+    Raises:
+        ImportError: if diffusers is missing; it names the extra that brings it.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise ImportError("text_to_image needs diffusers: pip install 'peft_reslora[images]'")
+
+
 def unet_fields() -> list[str]:
     """The arguments of diffusers' UNet that are not decided by images and captions."""
+    require_diffusers()
     from peft_reslora.experiments.denoising import DenoisingUNet
 
     decided = {"self", "sample_size", "in_channels", "out_channels", "cross_attention_dim"}
@@ -298,6 +310,7 @@ def check_images(config: ConfigFile, settings: _Described) -> None:
         raise ValueError(f"{config.place(('data', 'images'))}: task={settings.task} {needed} data.images.")
     if images is None:
         return
+    require_diffusers()
     for name in _IMAGE_SIZES:
         if (value := getattr(images, name)) < 1:
             raise ValueError(f"{config.place(('data', 'images', name))}: data.images.{name}={value} must be positive.")
