@@ -192,6 +192,9 @@ def result_lines(settings: TrainSettings, metrics: Mapping[str, Any]) -> list[st
             for estimator, kinds in metrics["after_merge"].get(split, {}).items()
         )
         lines.append(f"{split}: {values}; {metrics['metric']} after the merge: {merged or 'none'}")
+    if metrics["generated"]:
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics["generated"].items())
+        lines.append(f"generated: {shown}" + ("" if (d := metrics["forgetting"]) is None else f", drift {d:.2f}"))
     if metrics["export"] and "refused" in metrics["export"]:
         lines.append(f"no LoRA export: {metrics['export']['refused']}")
     return [*lines, f"everything is in {settings.output_dir}"]

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, TrainerCallback
 
+from peft_reslora import ResLoRAConfig, describe_chains
 from peft_reslora.experiments import compare, comparison, train
 from peft_reslora.experiments.compare_settings import compare_settings
 from peft_reslora.experiments.config_file import from_mapping, read_config
@@ -294,6 +295,7 @@ def test_a_run_leaves_its_numbers_and_a_grid_of_images(tiles: Path, tmp_path: Pa
     assert task.evaluate(loaded, "test") == metrics["before_merge"]["test"]
 
 
+@pytest.mark.slow
 def test_drawing_changes_nothing_of_the_training(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [train(tiny_image_run(tiles, tmp_path / "drawn"), "export=false")["losses"]]
     monkeypatch.setattr("peft_reslora.experiments.image_task.Drawing.watch", lambda *_: TrainerCallback())
@@ -333,7 +335,10 @@ def test_the_rate_with_the_lowest_loss_is_chosen(tiles: Path, tmp_path: Path, mo
     }
     for name, method in made.items():
         monkeypatch.setattr(comparison.Comparison, name, method)
-    lora, other = prepared(tiles, tmp_path / "out").run()
+    made_up = prepared(tiles, tmp_path / "out")
+    for name in ("LoRA", "ResLoRA middle"):
+        made_up.run_method(name)
+    lora, other = made_up.report()
     assert lora.rate == other.rate == pytest.approx(10 ** (-11 / 4), rel=1e-3)
     assert other.difference is not None
     assert other.difference.mean == pytest.approx(-1)
@@ -398,7 +403,7 @@ def save_pipeline(folder: Path, kind: str = "StableDiffusionPipeline", predictio
     return folder
 
 
-@pytest.mark.parametrize("config", ["sd15-reslora", "sd2-reslora"])
+@pytest.mark.parametrize("config", ["sd15-reslora", pytest.param("sd2-reslora", marks=pytest.mark.slow)])
 def test_a_config_of_stable_diffusion_trains_a_saved_pipeline(config: str, tiles: Path, tmp_path: Path) -> None:
     """With everything as it is shipped but the sizes and the data, which are those of a test."""
     pipeline = save_pipeline(tmp_path / "sd", prediction="v_prediction" if config == "sd2-reslora" else "epsilon")
@@ -410,7 +415,7 @@ def test_a_config_of_stable_diffusion_trains_a_saved_pipeline(config: str, tiles
         [f"base.name={pipeline}", "data.files={train: captions.csv}", *rows, *images, *dear, "training.use_cpu=true",
          f"output_dir={tmp_path / 'run'}"],
     )  # fmt: skip
-    assert "2 chains" not in describe_run(train_settings(read))
+    assert "tuner: RESLORA" in describe_run(train_settings(read))
     metrics = train_with(train_settings(read))
     assert metrics["steps"] == 2
     assert metrics["before_merge"]["test"]["denoising_loss"] > 0
@@ -434,6 +439,20 @@ def test_the_export_of_a_pipelines_adapter_loads_in_diffusers(tiles: Path, tmp_p
     plain.load_lora_adapter(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", prefix="unet")
     assert relative_error(plain(**inputs).sample, own.eval()(**inputs).sample) < rounding(plain)
     assert not torch.equal(plain(**inputs).sample, before)
+
+
+@pytest.mark.slow
+def test_what_the_comments_of_the_configs_say_is_linked_in_stable_diffusion() -> None:
+    """Each chain has one width, and in Stable Diffusion each width within down_blocks or up_blocks one resolution."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # else the defaults are SD 1's
+    table = str(describe_chains(unet, ResLoRAConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"])))
+    lines = [line.split() for line in table.splitlines()[3:]]
+    assert len(lines) == 3 * 8 + 3 * 8 + 8  # three widths down, three up, one in the middle; eight layers a block
+    for role, layers, shape, _, links, first, last in lines:
+        assert first.split(".")[0] == last.split(".")[0] or role.startswith("mid_block"), (role, shape)
+        assert int(layers) == {"down": 2, "up": 3, "mid": 1}[role.split("_")[0]]
+        assert int(links) == int(layers) - 1
 
 
 def test_other_pipelines_are_refused_by_their_name(tiles: Path, tmp_path: Path) -> None:
