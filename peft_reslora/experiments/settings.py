@@ -215,10 +215,10 @@ def require_diffusers() -> None:
 def unet_fields() -> list[str]:
     """The arguments of diffusers' UNet that are not decided by images and captions."""
     require_diffusers()
-    from peft_reslora.experiments.denoising import DenoisingUNet
+    from diffusers import UNet2DConditionModel
 
     decided = {"self", "sample_size", "in_channels", "out_channels", "cross_attention_dim"}
-    return [name for name in inspect.signature(DenoisingUNet.__init__).parameters if name not in decided]
+    return [name for name in inspect.signature(UNet2DConditionModel.__init__).parameters if name not in decided]
 
 
 def _config_fields(config: ConfigFile, model_type: str) -> list[str]:
