@@ -19,7 +19,7 @@ OWN = {"peft_reslora", "peft_reslora_cli"}
 SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).rglob("*.py"))]
 # Taken without an import of ours: templates of model cards need it.
 INDIRECT = {"jinja2"}
-EXTRAS = ("demo", "experiments", "test", "engines")
+EXTRAS = ("demo", "experiments", "images", "test", "engines")
 
 
 def section(name: str) -> dict[str, Requirement]:
@@ -46,11 +46,13 @@ def is_lazy(block: ast.AST) -> bool:
 
 
 def test_every_import_is_declared():
-    core, optional = section("core"), section("demo") | section("compose") | section("experiments")
+    core, optional = section("core"), {}
+    for extra in ("demo", "compose", "experiments", "images"):
+        optional |= section(extra)
     seen = set()
     for path in SOURCES:
         for name, lazy in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            package = canonicalize_name({"yaml": "pyyaml"}.get(name, name))
+            package = canonicalize_name({"yaml": "pyyaml", "PIL": "pillow"}.get(name, name))
             if name in sys.stdlib_module_names or name in OWN:
                 continue
             seen.add(package)
