@@ -63,6 +63,8 @@ def _files(metrics: Mapping[str, Any], fitted_head: bool) -> list[str]:
         lines.append(
             "- `base`: the base with the head that was fitted before training; load the adapter onto this one."
         )
+    if metrics["generated"] is not None:
+        lines.append("- `images.png`: what the model draws at the start and after each quarter of the steps.")
     export = metrics["export"]
     if export and "refused" in export:
         lines.append(f"- No LoRA export: {code(export['refused'])}")

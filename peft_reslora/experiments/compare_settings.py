@@ -15,6 +15,7 @@ from peft_reslora.experiments.settings import (
     TrainSettings,
     base_values,
     check_annealed,
+    check_images,
     check_sizes,
     check_training,
     check_tuner,
@@ -73,6 +74,7 @@ def compare_settings(config: ConfigFile) -> CompareSettings:
     settings = dataclasses.replace(settings, methods=_methods(config, settings))
     check_training(config, settings.training)
     check_sizes(config, settings.data)
+    check_images(config, settings)
     _check_protocol(config, settings)
     return settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from peft_reslora.experiments.provenance import fingerprint, provenance
 from peft_reslora.experiments.rates import best_quarter, nearest_quarter, next_quarters, rate_of
 from peft_reslora.experiments.report import write_report
 from peft_reslora.experiments.run import (
+    IMAGES,
     file_size,
     finite,
     measure,
@@ -174,7 +176,8 @@ class Comparison:
     def report(self) -> list[MethodSummary]:
         """Write table, plots and REPORT.md from the lines there are."""
         settings = self.settings
-        summaries = summarize(list(settings.methods), settings.reference, self.budgets, self.lines())
+        names, lower_is_better = list(settings.methods), self.task.lower_is_better
+        summaries = summarize(names, settings.reference, self.budgets, self.lines(), lower_is_better)
         write_report(Path(settings.output_dir), settings, self.task, summaries)
         return summaries
 
@@ -186,7 +189,8 @@ class Comparison:
         """The lines of a method, as far as `get` gives them; without a whole search there is no best rate."""
         settings = self.settings
         lines = [get("cost", name, 0, 0)]
-        scores: dict[int, float] = {}
+        scores: dict[int, float] = {}  # higher is better
+        sign = -1 if self.task.lower_is_better else 1
         low, high = (nearest_quarter(rate) for rate in (settings.rates.lowest, settings.rates.highest))
         while quarters := next_quarters(scores, low, high):
             searched = [get("search", name, k, settings.search_seed) for k in quarters]
@@ -194,7 +198,7 @@ class Comparison:
             if None in searched:
                 break
             for k, line in zip(quarters, searched, strict=True):
-                scores[k] = math.nan if line is None or line["validation"] is None else line["validation"]
+                scores[k] = math.nan if line is None or line["validation"] is None else sign * line["validation"]
         else:
             lines += [get("report", name, best_quarter(scores), seed) for seed in settings.seeds]
         return [line for line in lines if line is not None]
@@ -244,7 +248,7 @@ class Comparison:
         }
 
     def _report(self, name: str, k: int, seed: int) -> dict[str, Any]:
-        trained = self._fit(name, k, seed)
+        trained = self._fit(name, k, seed, self._watched(name) if seed == self.settings.seeds[0] else ())
         found = measure(self.task, trained, self.settings.calibration_rows, ["test"])
         return {
             **found,
@@ -264,6 +268,12 @@ class Comparison:
         merged = merged_metrics(self.task, trained.model, ["test"])["test"]["annealed"]
         return {"annealed": merged[self.task.metric], "annealed_before_merge": before[self.task.metric]}
 
+    def _watched(self, name: str) -> tuple[TrainerCallback, ...]:
+        """Draws what the method generates as it learns, where the task generates something to look at."""
+        if self.task.watch is None:
+            return ()
+        return (self.task.watch(self.path.parent / IMAGES / file_name(name), name),)
+
     def _fit(self, name: str, k: int, seed: int, callbacks: tuple[TrainerCallback, ...] = ()) -> Trained:
         method = Method(self.budgets[name].tuner, self.settings.methods[name].loraplus_lr_ratio)
         steps = planned_steps(self.settings.training, len(self.task.train))
@@ -271,6 +281,12 @@ class Comparison:
             training = {**self.settings.training, **_QUIET, "learning_rate": rate_of(k)}
             arguments = training_arguments(training, seed, Path(scratch), "none")
             return fit(self.task, method, arguments, steps, callbacks, quiet=True)
+
+
+def file_name(name: str) -> str:
+    """A method's name as that of a file; two names differ in what was replaced as well."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    return plain if plain == name.lower().replace(" ", "-") else f"{plain}-{fingerprint(name)[:6]}"
 
 
 def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any], task: Task) -> list[Any]:
@@ -294,12 +310,13 @@ def run_identity(settings: CompareSettings, name: str, tuner: Mapping[str, Any],
 
 
 def chosen(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
+    """The fields of a dataclass that differ from their defaults, as JSON has them."""
     defaults = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(settings)
     }
-    return {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    differ = {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    return {name: chosen(value) if dataclasses.is_dataclass(value) else value for name, value in differ.items()}
 
 
 def saved_sizes(trained: Trained) -> dict[str, int | None]:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,12 @@ class Data:
         return {name: len(split.rows) for name, split in self.splits.items()}
 
 
-def load_data(settings: DataSettings, columns: Sequence[str]) -> Data:
+def load_data(settings: DataSettings, columns: Sequence[str], keep: Callable[[Row], bool] | None = None) -> Data:
     """Read what the settings name, refuse what is damaged, and cut the splits.
 
     Rows are shuffled with a fixed seed before they are cut, whatever the seed of the run: all runs see the same rows.
     A missing validation or test split is taken from the training rows: `validation_rows`, then `test_rows` of them.
+    With `keep`, rows of which it is False do not count.
 
     Raises:
         ValueError: for missing files, empty splits, missing columns or cells, with file, row and column.
@@ -56,7 +57,8 @@ def load_data(settings: DataSettings, columns: Sequence[str]) -> Data:
     read, checksums = _read_files(settings) if settings.folder or not settings.hub else _read_hub(settings.hub)
     for split in read.values():
         check_rows(split, columns)
-    return Data(_cut(read, settings), checksums)
+    kept = {name: _filtered(split, keep) for name, split in read.items()} if keep else read
+    return Data(_cut(kept, settings), checksums)
 
 
 def random_pairs(count: int, columns: Sequence[str]) -> Data:
@@ -154,7 +156,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     from datasets import Dataset
 
-    return list(Dataset.from_parquet(str(path)))
+    return list(with_image_files(Dataset.from_parquet(str(path))))
 
 
 def _read_hub(hub: HubData) -> tuple[dict[str, Split], dict[str, str]]:
@@ -164,11 +166,21 @@ def _read_hub(hub: HubData) -> tuple[dict[str, Split], dict[str, str]]:
     splits, checksums = {}, {}
     for name, split in names.items():
         if split is not None:
-            rows = load_dataset(hub.name, hub.config, split=split)
+            rows = with_image_files(load_dataset(hub.name, hub.config, split=split))
             source = f"{hub.name}{'/' + hub.config if hub.config else ''}:{split}"
             checksums[name] = fingerprint_of(rows)
             splits[name] = number_rows(source, list(rows.rename_columns(hub.rename) if hub.rename else rows))
     return splits, checksums
+
+
+def with_image_files(rows: Any) -> Any:
+    """A data set whose images are the bytes of their files, so that the row of one that is damaged can be said."""
+    from datasets import Image
+
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
 
 
 def check_rows(split: Split, columns: Sequence[str]) -> None:
@@ -207,6 +219,11 @@ def _cut(read: Mapping[str, Split], settings: DataSettings) -> dict[str, Split]:
 
 def _part(split: Split, start: int, stop: int | None) -> Split:
     return Split(split.source, split.rows[start:stop], split.numbers[start:stop])
+
+
+def _filtered(split: Split, keep: Callable[[Row], bool]) -> Split:
+    chosen = [(row, number) for row, number in zip(split.rows, split.numbers, strict=True) if keep(row)]
+    return Split(split.source, [row for row, _ in chosen], [number for _, number in chosen])
 
 
 def _shuffled(split: Split) -> Split:

@@ -42,7 +42,7 @@ def describe_run(settings: TrainSettings) -> str:
             f"({100 * trained_parameters(model) / total:.2f} %)",
             f"data: {_sizes(settings, data)}",
             f"steps: {_steps(settings, data)} of {batch} rows",
-            f"memory: about {memory / 2**30:.1f} GB, with {settings.data.max_length} tokens a row",
+            f"memory: about {memory / 2**30:.1f} GB, {_of_a_row(settings)}",
             f"chains: {chains}",
         ]
     )
@@ -51,6 +51,10 @@ def describe_run(settings: TrainSettings) -> str:
 def _local_data(settings: TrainSettings) -> Data | None:
     if settings.data.folder is None and settings.data.uuid_pairs is None and settings.data.hub is not None:
         return None
+    if settings.task == "text_to_image":
+        from peft_reslora.experiments.images import load_image_data
+
+        return load_image_data(settings.data)
     return load_data(settings.data, [*settings.data.text, settings.data.label])
 
 
@@ -61,15 +65,25 @@ def _sizes(settings: TrainSettings, data: Data | None) -> str:
     return ", ".join(f"{size:,} {name}" for name, size in data.sizes().items()) if data is not None else "none"
 
 
+def _of_a_row(settings: TrainSettings) -> str:
+    if settings.task == "text_to_image":
+        return "of weights and optimizer alone"
+    return f"with {settings.data.max_length} tokens a row"
+
+
 def _steps(settings: TrainSettings, data: Data | None) -> str:
     if settings.training.get("max_steps", -1) <= 0 and (data is None or settings.training.get("packing")):
         return f"{settings.training.get('num_train_epochs', 3)} epochs"
-    rows = len(data.splits["train"].rows) if data else 0
+    rows = len(data.splits["train"].rows) * (settings.data.images.draws if settings.data.images else 1) if data else 0
     return str(planned_steps(settings.training, rows))
 
 
 def empty_base(settings: TrainSettings) -> nn.Module:
     """The base on the meta device: shapes without memory. Of a Hub name, only the config is read."""
+    if settings.task == "text_to_image":
+        from peft_reslora.experiments.image_base import empty_unet
+
+        return empty_unet(settings.base, settings.data)
     kind = AutoModelForCausalLM if settings.task in ("generation", "choice") else AutoModelForSequenceClassification
     with torch.device("meta"):
         return kind.from_config(base_config(settings.base))

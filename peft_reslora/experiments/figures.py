@@ -81,8 +81,10 @@ def _draw_rates(axes: Any, summary: MethodSummary, color: str) -> None:
     axes.plot(*(zip(*chosen, strict=True) if chosen else ([], [])), "o", mfc="none", mec=color, markersize=10)
 
 
-def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metric: str) -> None:
-    """Test metric against step time and against memory, both relative to the reference; up and left is better."""
+def plot_pareto(
+    summaries: Sequence[MethodSummary], path: Path, title: str, metric: str, lower_is_better: bool = False
+) -> None:
+    """Test metric against step time and against memory, both relative to the reference."""
     figure, panels = new_figure(2, width=5.5, height=5.2)
     for axes, key, name in zip(panels, ("step_ratio", "memory_ratio"), ("step time", "peak memory"), strict=True):
         for index, s in enumerate(summaries):
@@ -103,7 +105,8 @@ def plot_pareto(summaries: Sequence[MethodSummary], path: Path, title: str, metr
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"{title}: metric against cost; up and left is better", fontsize=10)
+    better = "down" if lower_is_better else "up"
+    figure.suptitle(f"{title}: metric against cost; {better} and left is better", fontsize=10)
     _save(figure, path)
 
 

@@ -40,9 +40,10 @@ HEADER = (
     "native KB",
     "exported KB",
     "forgetting",
+    "similarity",
 )
 _FIRST_LOSS = HEADER.index("loss 25 %")
-_RARE = ("annealed", "forgetting")  # left out of the tables where no method has it
+_RARE = ("annealed", "forgetting", "similarity")  # left out of the tables where no method has it
 
 
 def table_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, ...]]:
@@ -72,6 +73,7 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         _kilobytes(s.native_bytes),
         _kilobytes(s.exported_bytes),
         _MISSING if s.forgetting is None else f"{s.forgetting:.3f}",
+        _MISSING if s.similarity is None else f"{s.similarity:.2f}",
     )
 
 
@@ -103,7 +105,7 @@ def write_report(folder: Path, settings: CompareSettings, task: Task, summaries:
     write_whole(folder / "table.csv", text.getvalue())
     plot_losses(summaries, settings.reference, folder / "losses.png", settings.title)
     plot_rates(summaries, settings.reference, folder / "rates.png", settings.title, task.metric)
-    plot_pareto(summaries, folder / "pareto.png", settings.title, task.metric)
+    plot_pareto(summaries, folder / "pareto.png", settings.title, task.metric, task.lower_is_better)
     write_whole(folder / "REPORT.md", report_text(settings, task, summaries))
 
 
@@ -154,11 +156,12 @@ def _markdown(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str
 def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSummary]) -> list[str]:
     steps = next((s.steps for s in summaries if s.steps), None)
     sizes = ", ".join(f"{size:,} {name}" for name, size in task.data.sizes().items())
+    direction = ", lower is better" if task.lower_is_better else ""
     pairs = next((s.cost["pairs"] for s in summaries if s.cost), 0)
     lines = [
-        f"- Task: {prose(settings.task)}; metric: {prose(task.metric)} in %; rows: {sizes}. {steps or 'Unknown'} "
-        f"steps of {settings.training.get('per_device_train_batch_size', 16)} rows, the same in the same order for "
-        "all methods at one seed.",
+        f"- Task: {prose(settings.task)}; metric: {prose(task.metric)} in %{direction}; rows: {sizes}. "
+        f"{steps or 'Unknown'} steps of {settings.training.get('per_device_train_batch_size', 16)} rows, the same in "
+        "the same order for all methods at one seed.",
         f"- Learning rates: half a decade apart, then a quarter around the best, chosen on the validation split with "
         f"seed {settings.search_seed}, which is not among those reported: {', '.join(map(str, settings.seeds))}.",
         "- test: mean and standard deviation over the seeds, before the merge. difference: to the reference, paired "
@@ -175,6 +178,11 @@ def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSumm
         lines.append(
             "- annealed: test after the merge of another training at the same rate and seeds, in whose last third the "
             "shortcuts give way to their estimates, so that the merge is exact. Its rate was searched without that."
+        )
+    if task.generated is not None:
+        lines.append(
+            "- similarity: of generated images to the real ones of the test split, in %, higher is more alike. "
+            "forgetting: the drift, how far images for unrelated captions have moved from the base's, in %."
         )
     unequal = [s.name for s in summaries if not s.budget.equal]
     if unequal:

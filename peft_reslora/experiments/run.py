@@ -40,6 +40,7 @@ from peft_reslora.export import save_as_lora
 
 ADAPTER, LORA, MERGED, BASE = "adapter", "lora", "merged", "base"
 METRICS, CONFIG, RUN = "metrics.json", "config.yaml", "run.json"
+IMAGES = "images"
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
 
@@ -83,9 +84,11 @@ def train_with(settings: TrainSettings) -> dict[str, Any]:
     checkpoint = on_main(lambda: _start(folder, settings, task, processes))
     method = Method(settings.tuner, settings.loraplus_lr_ratio)
     steps = planned_steps(settings.training, len(task.train), processes)
+    on_main_process = arguments.process_index == 0
     callbacks = (
         log,
         *_tensorboard(folder, settings, arguments),
+        *((task.watch(folder / IMAGES, settings.tuner["peft_type"]),) if task.watch and on_main_process else ()),
         *(annealing(task, settings.calibration_rows) if settings.annealed else ()),
     )
     trained = fit(task, method, arguments, steps, callbacks, resume=checkpoint)
@@ -209,6 +212,7 @@ def measure(task: Task, trained: Trained, calibration_rows: int, merged: Sequenc
         "before_merge": {split: task.evaluate(trained.model, split) for split in splits},
         "after_merge": {} if trained.diverged else merged_metrics(task, trained.model, merged, calibration_rows),
         "forgetting": task.forgetting(trained.model) if task.forgetting else None,
+        "generated": task.generated(trained.model) if task.generated and not trained.diverged else None,
         "losses": [round(loss, 6) for _, loss in trained.losses],
         "steps": trained.steps,
         "trained_parameters": trained_parameters(trained.model),
@@ -226,6 +230,9 @@ def result_lines(settings: TrainSettings, metrics: Mapping[str, Any]) -> list[st
             for estimator, kinds in metrics["after_merge"].get(split, {}).items()
         )
         lines.append(f"{split}: {values}; {metrics['metric']} after the merge: {merged or 'none'}")
+    if metrics["generated"]:
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics["generated"].items())
+        lines.append(f"generated: {shown}" + ("" if (d := metrics["forgetting"]) is None else f", drift {d:.2f}"))
     if metrics["export"] and "refused" in metrics["export"]:
         lines.append(f"no LoRA export: {metrics['export']['refused']}")
     return [*lines, f"everything is in {settings.output_dir}"]

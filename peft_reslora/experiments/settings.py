@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from peft_reslora.experiments.config_file import ConfigFile, build, check_type, refuse_unknown_keys
 
-TaskName = Literal["classification", "regression", "generation", "choice"]
+TaskName = Literal["classification", "regression", "generation", "choice", "text_to_image"]
 Head = Literal["fit", "train"]
 
 
@@ -24,6 +26,35 @@ class HubData:
     validation: str | None = None
     test: str | None = None
     rename: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The images beside the captions, and what is drawn of them.
+
+    Args:
+        column: holds images (of the Hub), their paths from the file that lists them, or with `sheet` numbers of tiles.
+        sheet: one picture with all images as square tiles, row by row.
+        size: side in pixels; other images are cut to a square around their center and resized.
+        family: the only rows that count are those with this value of `family_column`; others pretrain a base.
+        draws: how many noises an image has; an epoch goes through all of them.
+        timesteps: at how many the held-out images are measured.
+        unrelated: captions on which the drift is measured; without them those of other families, if there are.
+        samples: of how many captions images are generated, at most, for similarity and for drift.
+    """
+
+    column: str = "image"
+    sheet: str | None = None
+    size: int = 32
+    family: str | None = None
+    family_column: str = "category"
+    draws: int = 100
+    timesteps: int = 8
+    unrelated: list[str] = field(default_factory=list)
+    samples: int = 12
+    shown: int = 6
+    sampling_steps: int = 20
+    guidance: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +82,7 @@ class DataSettings:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: int = 64
     too_long: Literal["truncate", "refuse"] = "truncate"
+    images: ImageSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +97,12 @@ class TextSource:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What a language model that is built in code learns before it is frozen."""
+    """What a model that is built in code learns before it is frozen: a language model the text of `sources`.
 
-    sources: list[TextSource]
+    A UNet learns the images of all families but the one that is adapted to.
+    """
+
+    sources: list[TextSource] = field(default_factory=list)
     folder: str | None = None
     steps: int = 800
     rate: float = 2e-3
@@ -80,6 +115,7 @@ class BaseSettings:
     """The frozen model: `minilm`, a Hub name or folder; or `config`, a model type, with the fields of its config.
 
     With `load_in_4bit`, a language model is loaded as in QLoRA (arXiv 2305.14314), and computes in `dtype`.
+    With `config: unet`, diffusers' UNet2DConditionModel; `text_encoder` has the fields of its CLIPTextConfig.
     """
 
     name: str | None = None
@@ -91,6 +127,7 @@ class BaseSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     load_in_4bit: bool = False
     pretrain: PretrainSettings | None = None
+    text_encoder: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +186,7 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     if settings.data.chat_template and settings.task != "generation":
         place = config.place(("data", "chat_template"))
         raise ValueError(f"{place}: data.chat_template is for task=generation, not {settings.task}.")
+    check_images(config, settings)
     return settings
 
 
@@ -164,7 +202,7 @@ def base_values(config: ConfigFile, given: Any) -> dict[str, Any]:
         )
     if "config" not in given:
         return dict(given)
-    known = _config_fields(config, str(given["config"]))
+    known = unet_fields() if given["config"] == "unet" else _config_fields(config, str(given["config"]))
     refuse_unknown_keys(config, ("base",), given, [*_OWN_BASE_KEYS, *known])
     own = {name: value for name, value in given.items() if name in _OWN_BASE_KEYS}
     return {**own, "fields": {name: value for name, value in given.items() if name not in own}}
@@ -178,6 +216,25 @@ def as_config(settings: Any) -> dict[str, Any]:
     # Of name and config one only may stand there, and the fields of a config stand beside them.
     values["base"] = {name: value for name, value in base.items() if value is not None} | fields
     return values
+
+
+def require_diffusers() -> None:
+    """Refuse to go on without what makes images.
+
+    Raises:
+        ImportError: if diffusers is missing; it names the extra that brings it.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise ImportError("text_to_image needs diffusers: pip install 'peft_reslora[images]'")
+
+
+def unet_fields() -> list[str]:
+    """The arguments of diffusers' UNet that are not decided by images and captions."""
+    require_diffusers()
+    from diffusers import UNet2DConditionModel
+
+    decided = {"self", "sample_size", "in_channels", "out_channels", "cross_attention_dim"}
+    return [name for name in inspect.signature(UNet2DConditionModel.__init__).parameters if name not in decided]
 
 
 def _config_fields(config: ConfigFile, model_type: str) -> list[str]:
@@ -260,6 +317,48 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
         return typing.get_type_hints(kind)
     except (NameError, TypeError):
         return {}
+
+
+class _Described(Protocol):
+    """What a run and a comparison have in common."""
+
+    @property
+    def task(self) -> TaskName: ...
+    @property
+    def base(self) -> BaseSettings: ...
+    @property
+    def data(self) -> DataSettings: ...
+
+
+_IMAGE_SIZES = ("size", "draws", "timesteps", "samples", "shown", "sampling_steps")
+
+
+def check_images(config: ConfigFile, settings: _Described) -> None:
+    """Refuse a task with images without `data.images`, sizes that are not positive, and fields that CLIP has not."""
+    images = settings.data.images
+    if (images is not None) != (settings.task == "text_to_image"):
+        needed = "needs" if images is None else "has no use for"
+        raise ValueError(f"{config.place(('data', 'images'))}: task={settings.task} {needed} data.images.")
+    if images is None:
+        return
+    require_diffusers()
+    for name in _IMAGE_SIZES:
+        if (value := getattr(images, name)) < 1:
+            raise ValueError(f"{config.place(('data', 'images', name))}: data.images.{name}={value} must be positive.")
+    if settings.base.config is not None and (settings.base.config != "unet" or settings.base.pretrain is None):
+        raise ValueError(f"{config.place(('base',))}: text_to_image needs base.name, or config=unet with pretrain.")
+    if settings.base.pretrain is not None and images.family is None:
+        raise ValueError(
+            f"{config.place(('data', 'images'))}: data.images.family is missing; the base is pretrained on all others."
+        )
+    from transformers import CLIPTextConfig
+
+    refuse_unknown_keys(
+        config,
+        ("base", "text_encoder"),
+        settings.base.text_encoder,
+        [f.name for f in dataclasses.fields(CLIPTextConfig)],
+    )
 
 
 _SIZES = ("train_rows", "validation_rows", "test_rows", "max_length", "new_tokens", "uuid_pairs")

@@ -64,8 +64,10 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> tup
     return float(low), float(high)
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Differences of runs that share a seed, values minus reference; higher is better.
+def paired_difference(
+    values: Sequence[float], reference: Sequence[float], confidence: float = 0.95, lower_is_better: bool = False
+) -> Difference:
+    """Differences of runs that share a seed, values minus reference; higher is better, unless `lower_is_better`.
 
     Raises:
         ValueError: if there are no values, or not as many on both sides.
@@ -78,7 +80,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float], confi
     if len(differences) < FEWEST_SEEDS:
         verdict = "too few seeds"
     elif low > 0 or high < 0:
-        verdict = "better" if low > 0 else "worse"
+        verdict = "better" if (low > 0) != lower_is_better else "worse"
     return Difference(float(np.mean(differences)), low, high, len(differences), verdict)
 
 

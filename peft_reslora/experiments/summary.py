@@ -37,6 +37,7 @@ class MethodSummary:
         quarters: smoothed training loss after 25, 50, 75, 100 % of the steps, means over seeds.
         steps_to_reference: median of the steps to the reference's final loss of the same seed; None if most seeds
             do not get there.
+        similarity: of generated images to real ones, the mean over seeds.
         curves: losses of every reported run.
     """
 
@@ -58,6 +59,7 @@ class MethodSummary:
     native_bytes: int | None
     exported_bytes: int | None
     forgetting: float | None
+    similarity: float | None
     curves: list[list[float]]
 
     @property
@@ -70,12 +72,19 @@ class MethodSummary:
 
 
 def summarize(
-    names: Sequence[str], reference: str, budgets: Mapping[str, Budget], lines: Sequence[Line]
+    names: Sequence[str],
+    reference: str,
+    budgets: Mapping[str, Budget],
+    lines: Sequence[Line],
+    lower_is_better: bool = False,
 ) -> list[MethodSummary]:
     """A summary for each method, in the order of `names`; of lines of one comparison only."""
     by_method = {name: [line for line in lines if line["method"] == name] for name in names}
     reference_runs = _reports(by_method[reference])
-    return [_summary(name, budgets[name], by_method[name], reference_runs, name == reference) for name in names]
+    return [
+        _summary(name, budgets[name], by_method[name], reference_runs, name == reference, lower_is_better)
+        for name in names
+    ]
 
 
 def _reports(lines: Sequence[Line]) -> dict[int, Line]:
@@ -88,7 +97,12 @@ def is_number(value: float | None) -> bool:
 
 
 def _summary(
-    name: str, budget: Budget, lines: Sequence[Line], reference: Mapping[int, Line], is_reference: bool
+    name: str,
+    budget: Budget,
+    lines: Sequence[Line],
+    reference: Mapping[int, Line],
+    is_reference: bool,
+    lower_is_better: bool,
 ) -> MethodSummary:
     runs = _reports(lines)
     reported = [line for line in lines if line["kind"] == "report"]
@@ -110,7 +124,7 @@ def _summary(
         diverged=[line["seed"] for line in reported if not is_number(line["test"])],
         merged=_merged(list(runs.values())),
         annealed={seed: run["annealed"] for seed, run in runs.items() if is_number(run.get("annealed"))},
-        difference=None if is_reference else _difference(runs, reference),
+        difference=None if is_reference else _difference(runs, reference, lower_is_better),
         quarters=[statistics.fmean(column) for column in zip(*quarters, strict=True)],
         steps_to_reference=_steps(runs, reference),
         steps=any_run.get("steps"),
@@ -118,12 +132,18 @@ def _summary(
         native_bytes=next((run["native_bytes"] for run in runs.values() if "native_bytes" in run), None),
         exported_bytes=next((run["exported_bytes"] for run in runs.values() if "exported_bytes" in run), None),
         forgetting=_mean([run["forgetting"] for run in runs.values() if is_number(run.get("forgetting"))]),
+        similarity=_mean([value for run in runs.values() if is_number(value := _similarity(run))]),
         curves=curves,
     )
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
+
+
+def _similarity(run: Line) -> Any:
+    """None where nothing was generated, or no number came out."""
+    return (run.get("generated") or {}).get("similarity")
 
 
 def _merged(runs: Sequence[Line]) -> dict[str, float]:
@@ -134,11 +154,12 @@ def _merged(runs: Sequence[Line]) -> dict[str, float]:
     }
 
 
-def _difference(runs: Mapping[int, Line], reference: Mapping[int, Line]) -> Difference | None:
+def _difference(runs: Mapping[int, Line], reference: Mapping[int, Line], lower_is_better: bool) -> Difference | None:
     seeds = sorted(set(runs) & set(reference))
     if not seeds:
         return None
-    return paired_difference([runs[s]["test"] for s in seeds], [reference[s]["test"] for s in seeds])
+    own, others = ([run[seed]["test"] for seed in seeds] for run in (runs, reference))
+    return paired_difference(own, others, lower_is_better=lower_is_better)
 
 
 def _steps(runs: Mapping[int, Line], reference: Mapping[int, Line]) -> int | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from peft_reslora.experiments.data import Data
 
@@ -22,7 +24,7 @@ class Task:
 
     Args:
         name: of the kind of task.
-        metric: the key of `evaluate` that decides; higher is better.
+        metric: the key of `evaluate` that decides; higher is better, unless `lower_is_better`.
         base: the frozen model; `fresh_model` copies it.
         data: the rows as they were read.
         train: the encoded training rows.
@@ -32,6 +34,9 @@ class Task:
         tokenizer: saved beside the model, if there is one.
         hub_id: what saved adapters call the base, where it was loaded from a copy on this machine.
         new_head: whether a head without training stands on the base, which trains with the adapter.
+        lower_is_better: of the metric that decides.
+        generated: metrics of what the model generates, which are dear: on the runs that are reported only.
+        watch: makes a callback that draws to a path, under a title, what the model generates as it learns.
     """
 
     name: str
@@ -45,6 +50,9 @@ class Task:
     tokenizer: Any = None
     new_head: bool = False
     hub_id: str | None = None
+    lower_is_better: bool = False
+    generated: Callable[[nn.Module], dict[str, float]] | None = None
+    watch: Callable[[Path, str], TrainerCallback] | None = None
 
     def fresh_model(self) -> nn.Module:
         return copy.deepcopy(self.base)

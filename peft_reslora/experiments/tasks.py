@@ -20,6 +20,10 @@ def make_task(settings: TrainSettings) -> Task:
         from peft_reslora.experiments.choice import choice_task
 
         return choice_task(settings)
+    if settings.task == "text_to_image":
+        from peft_reslora.experiments.image_task import image_task
+
+        return image_task(settings)
     from peft_reslora.experiments.text_tasks import text_task
 
     return text_task(settings)
