@@ -106,7 +106,9 @@ def _check_packages(settings: TrainSettings) -> None:
     Raises:
         ValueError: naming it, and the key that asks for it.
     """
-    needed = {f"report_to={settings.report_to}": settings.report_to} if settings.report_to != "none" else {}
+    needed: dict[str, str] = {}
+    if settings.report_to != "none":
+        needed[f"report_to={settings.report_to}"] = settings.report_to
     needed |= {f"training.{key}": "trl" for key in SFT_KEYS if key in settings.training}
     needed |= {"base.load_in_4bit": "bitsandbytes"} if settings.base.load_in_4bit else {}
     for key, name in needed.items():
