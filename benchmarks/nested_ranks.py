@@ -130,10 +130,11 @@ def table(records: list[dict[str, Any]], ranks: Sequence[int], base: float) -> s
     for shortcut in SHORTCUTS:
         for series in SERIES:
             if losses := means(records, shortcut, series):
-                cells = [f"{statistics.fmean(of):.3f} ({max(of) - min(of):.3f})" for of in losses.values()]
+                ranges = [f" ({max(of) - min(of):.3f})" if len(of) > 1 else "" for of in losses.values()]
+                cells = [f"{statistics.fmean(of):.3f}{r}" for of, r in zip(losses.values(), ranges, strict=True)]
                 lines.append(f"| {shortcut} | {series} | {' | '.join(cells)} |")
     seeds, steps = len({r["seed"] for r in records}), records[0]["steps"]
-    note = f"{steps} steps of {BATCH} rows, {seeds} seed(s), in brackets the distance of the highest from the lowest. "
+    note = f"{steps} steps of {BATCH} rows, {seeds} seed(s); of several in brackets the highest less the lowest. "
     return "\n".join([*lines, "", f"{note}Without any adapter: {base:.3f}.", ""])
 
 

@@ -54,6 +54,7 @@ def randomize_dora(model: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.quick(name=["block", "lora-gpt2"])
 @every_method
 def test_plain_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     model, base = trained(name), METHODS[name][0]()
@@ -76,6 +77,7 @@ def test_plain_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     assert "- dora" in card
 
 
+@pytest.mark.quick(name=["block", "lora-gpt2"])
 @every_method
 def test_from_files_it_is_the_same(name: str, tmp_path: Path) -> None:
     model = trained(name)
@@ -88,6 +90,7 @@ def test_from_files_it_is_the_same(name: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, expected.state_dict[key]), key
 
 
+@pytest.mark.quick(name=["block-all"])
 @pytest.mark.parametrize("name", ["block", "block-all", "block-gpt2"])
 def test_the_factors_give_the_same_in_float64(name: str) -> None:
     model = trained(name).double()
@@ -119,6 +122,7 @@ def test_layers_without_an_update_stay_as_they_are(tmp_path: Path) -> None:
     assert len(small.state_dict) == 6
 
 
+@pytest.mark.quick(dtype=[torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_norms_are_rounded_too(dtype: torch.dtype, tmp_path: Path) -> None:
     model = trained("block")
@@ -189,6 +193,7 @@ def test_files_without_their_norms_are_refused(tmp_path: Path) -> None:
             export_lora_from_files(tmp_path, allow_dora=True)
 
 
+@pytest.mark.quick(with_base=[False])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_the_command_writes_it(with_base: bool, tmp_path: Path, command: Any) -> None:
     llama().save_pretrained(tmp_path / "base")

@@ -28,6 +28,7 @@ def nested(shortcut: Any = "block", pre_num: int = 1, **fields: Any) -> Any:
     return adapted(llama(), ResLoRAConfig(shortcut=shortcut, pre_num=pre_num, nested_ranks=True, **fields))
 
 
+@pytest.mark.quick(rank=[2, 6])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 6])
 def test_of_block_it_is_the_adapter_with_that_rank_in_use(rank: int, tmp_path: Path) -> None:
     """With all earlier layers, so that as many directions add up; fewer would not hold them."""
@@ -46,6 +47,7 @@ def test_of_block_it_is_the_adapter_with_that_rank_in_use(rank: int, tmp_path: P
         assert (layer.relative_error > 0.1) is (rank < 4)
 
 
+@pytest.mark.quick(shortcut=["middle"])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("estimator", ["weight_norm", "drop"])
 def test_factors_are_those_of_the_merge_at_that_rank(shortcut: str, estimator: str) -> None:

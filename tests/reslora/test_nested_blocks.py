@@ -25,7 +25,7 @@ LLAMA = TINY_MODELS["llama"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANKS = {"v_proj": 2}  # others have 4
 every_variant = pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
-quick_with_one = pytest.mark.quick(pre_num=[1])
+quick_with_one = pytest.mark.quick(shortcut=["middle"], pre_num=[1])
 
 
 def config_of(shortcut: Any = "block", pre_num: int = 1, **changes: Any) -> ResLoRAConfig:
@@ -183,7 +183,7 @@ ESTIMATES = [
 ]
 
 
-@pytest.mark.quick(estimator=["least_squares"])
+@pytest.mark.quick(estimator=["least_squares"], shortcut=["middle"])
 @pytest.mark.quick(shortcut=["block"])
 @pytest.mark.parametrize(("shortcut", "pre_num", "estimator"), ESTIMATES)
 def test_merges_at_a_rank_are_those_of_the_adapter_of_that_rank(shortcut, pre_num, estimator):
@@ -202,6 +202,7 @@ def test_merges_at_a_rank_are_those_of_the_adapter_of_that_rank(shortcut, pre_nu
     assert relative_error(output_of(copy.deepcopy(model).merge_and_unload(), inputs), expected) < MODEL64
 
 
+@pytest.mark.quick(share=[0.5], shortcut=["middle"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("middle", -1)])
 def test_annealed_adapters_can_be_cut_off_too(shortcut, pre_num, share):
@@ -242,7 +243,7 @@ def test_saved_and_loaded_it_holds_the_same_adapters(shortcut, pre_num, tmp_path
         set_rank(loaded, 3)
 
 
-@pytest.mark.quick(dtype=[torch.bfloat16])
+@pytest.mark.quick(dtype=[torch.bfloat16], shortcut=["block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("block", 1), ("middle", 1)])
 def test_half_precision_and_autocast_stay_close(shortcut, pre_num, dtype):

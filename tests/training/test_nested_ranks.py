@@ -100,11 +100,13 @@ def test_a_resumed_run_draws_and_trains_as_the_whole_one(tmp_path: Path) -> None
         torch.testing.assert_close(dict(resumed.named_parameters())[name], parameter, msg=name)
 
 
+@pytest.mark.slow
 def test_ranks_can_be_chosen(tmp_path: Path) -> None:
     watch = train(fresh("input"), tmp_path, NestedRanks(ranks=[2, 4]), max_steps=8)
     assert set(watch.during) == {2, 4}
 
 
+@pytest.mark.quick(shortcut=["middle"])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_one_step_of_sgd_changes_the_first_directions_or_the_last_of_them(shortcut: Any, tmp_path: Path) -> None:
     """What the paper calls frozen leaves those before it as they are; both use all of them."""
@@ -125,6 +127,7 @@ def test_one_step_of_sgd_changes_the_first_directions_or_the_last_of_them(shortc
         torch.testing.assert_close(difference.select(dim, 2), losses[0][name].select(dim, 2))
 
 
+@pytest.mark.quick(reentrant=[None], shortcut=["block"])
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_only_one_direction_has_a_gradient(shortcut: Any, reentrant: bool | None) -> None:
