@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_reslora.export.checkpoint import LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.forms import LINEAR, Form, form_of
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer
 from peft_reslora.export.targets import linear_shape
@@ -78,8 +79,26 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     factors_of, updates = _factors_in_files(adapter, fit.approximate), {}
     for name in adapter.tensors:
         with in_layer(adapter.name, name):
-            updates[name] = fit.update(*factors_of(name))
+            form = _form_in_files(adapter, name)
+            updates[name] = fit.update(*factors_of(name), form)
     return updates
+
+
+def _form_in_files(adapter: SavedAdapter, name: str) -> Form:
+    """The form of a layer's factors.
+
+    Raises:
+        ValueError: for a convolution without its base model, since only that tells how its kernels are applied.
+    """
+    A = adapter.tensors[name].get("lora_A.weight")
+    if A is None or A.ndim < 3:
+        return LINEAR
+    if adapter.base is None:
+        raise ValueError(
+            "it is a convolution, and no config of its base model, which alone tells its groups, dilation and padding "
+            f"mode, is on this machine. {FETCH} {WITH_BASE}"
+        )
+    return form_of(adapter.base.get_submodule(name))
 
 
 def targets_in_files(config: Any, exported: list[str]) -> list[str]:
@@ -106,19 +125,20 @@ def _factors_in_files(adapter: SavedAdapter, approximate: bool) -> Callable[[str
     if isinstance(config, MoRAConfig):
         shapes = {name: linear_shape(module) for name, module in _modules_of_base(adapter).items() if name in tensors}
         return lambda name: (_mora(config, name, tensors[name], shapes[name], approximate), AS_TRAINED)
-    return lambda name: (_lora(config, name, tensors[name]), AS_TRAINED)
+    return lambda name: (_lora(config, name, tensors[name], _form_in_files(adapter, name)), AS_TRAINED)
 
 
-def _lora(config: Any, name: str, parts: Mapping[str, Tensor]) -> Factors:
+def _lora(config: Any, name: str, parts: Mapping[str, Tensor], form: Form) -> Factors:
     """s B A, of the rank and alpha that the config gives the layer."""
     if parts.keys() != set(PARTS["LORA"]):
         raise ValueError(
             f"it has the tensors {', '.join(sorted(parts))} instead of {' and '.join(PARTS['LORA'])}, so it is no "
-            f"plain LoRA of a linear layer. {MERGE_INSTEAD}"
+            f"plain LoRA of a linear layer or convolution. {MERGE_INSTEAD}"
         )
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
     r = by_pattern(config.rank_pattern, name, config.r)
-    return Factors.of(parts["lora_A.weight"], parts["lora_B.weight"], scaling_of(config, r, alpha))
+    pair = parts["lora_A.weight"], parts["lora_B.weight"]
+    return Factors.of(*(pair if form == LINEAR else form.matrices(pair)), scaling_of(config, r, alpha))
 
 
 def _mora(

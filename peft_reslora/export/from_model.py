@@ -18,6 +18,7 @@ from peft_reslora.export.base import unknown_layers
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
 from peft_reslora.export.factors import layer_factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.forms import form_of
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
@@ -187,7 +188,9 @@ def updates_in_model(
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
                         factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-                        updates[name] = fit.update(factors, _merge_of(layer, adapter_name))
+                        updates[name] = fit.update(
+                            factors, _merge_of(layer, adapter_name), form_of(layer.get_base_layer())
+                        )
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -114,9 +115,10 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        with _without_warning_of_groups(target):
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
         as_reslora_layer(getattr(parent, target_name), current_key)
 
     @full_precision()
@@ -327,6 +329,17 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 restore(held, adapter_name, buffer)
 
         return restore_all
+
+
+@contextmanager
+def _without_warning_of_groups(target: nn.Module) -> Iterator[None]:
+    """PEFT warns that convolutions in groups cannot be merged, which ours can."""
+    if getattr(target, "groups", 1) == 1:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups > 1")
+        yield
 
 
 def _refuse_allocated(config: ResLoRAConfig) -> None:

@@ -76,9 +76,8 @@ def test_middle_with_unequal_ranks_is_refused_before_the_model_is_changed():
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [
-        (nn.Embedding(5, 4), "Embedding"),
-        (nn.Conv2d(3, 4, 1), "Conv2d"),
-        (nn.Conv1d(3, 4, 1), "Conv1d"),
+        (nn.Embedding(5, 4, max_norm=1.0), "Embedding"),
+        (nn.ConvTranspose2d(3, 4, 1), "ConvTranspose2d"),
         (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
     ],
 )
