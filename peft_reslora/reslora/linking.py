@@ -235,6 +235,11 @@ def find_target_layers(
             return _why_not_convolution(base, config)
         if isinstance(base, nn.Embedding):
             return _why_not_embedding(base, config)
+        if isinstance(base, nn.MultiheadAttention):
+            return (
+                "which is no linear layer: PEFT's LoRA adds its update to the weights in every forward pass, and "
+                "subtracts it again, which rounds them. Use LoraConfig for it, or attention with linear projections"
+            )
         with warnings.catch_warnings():  # of a type that PEFT does not know
             warnings.simplefilter("ignore")
             known = not isinstance(base, _REFUSED_BASE_LAYERS) and in_out_features(base) != (None, None)

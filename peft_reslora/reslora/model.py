@@ -243,6 +243,12 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 "adapter would be applied a second time. Use 'cat' (exact) or 'linear', or export each adapter with "
                 "save_as_lora and combine those."
             )
+        for chain in (chain for adapter in adapters for chain in chains_of(self.model, adapter)):
+            if getattr(chain.layers[0].get_base_layer(), "groups", 1) > 1:
+                raise ValueError(
+                    f"Layer {chain.names[0]!r} is a convolution in groups, whose factors PEFT's combinations would "
+                    "put into other groups. Merge the adapters one after the other with merge_and_unload()."
+                )
         linked = {(c.shortcut, c.pre_num) for c in (self.peft_config[a] for a in adapters if a in self.peft_config)}
         if len(linked) > 1:
             raise ValueError(
