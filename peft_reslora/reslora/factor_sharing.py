@@ -142,10 +142,8 @@ def _is_sharded(block: LinearBlock) -> bool:
 def _handed(chain: Chain, position: int, device: torch.device) -> list[Factors]:
     """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
     block = chain.block(position)
-    own = read(chain, position)
-    if block.modules:
-        A, B = (_whole(linear, chain.names[position], device) for linear in block.modules)
-        own = block.fold(A, B)
+    whole = [_whole(module, chain.names[position], device) for module in block.modules]
+    own = block.fold(*whole) if whole else read(chain, position)  # an embedding has no modules
     handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
     values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
     return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]

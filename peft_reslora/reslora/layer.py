@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
@@ -494,7 +495,8 @@ class Convolution(ResLoRALayer):
         base_layer, names = self.get_base_layer(), self.adapters_to_merge(adapter_names)
         if base_layer.groups == 1 or any(self.chain_of(name) is None for name in names):
             return super()._merge_into_base(safe_merge, adapter_names)
-        for name in names:  # PEFT merges nothing into groups (0.21.2), since its own A mixes them
+        # PEFT merges nothing into groups (0.21.2), since its own A mixes them; it warns if there is nothing to do.
+        for name in check_adapters_to_merge(self, adapter_names):
             base_layer.weight.data = self.add_delta_weight(base_layer.weight.data, name)
             self.merged_adapters.append(name)
         return None

@@ -11,11 +11,12 @@ from helpers.adapters import tuner_layers
 from helpers.convolutions import adapted, images, net, randomized
 from helpers.oracle import relative_error
 from helpers.tiny_models import TINY_MODELS, output_of
-from helpers.tolerances import EPS, FLOAT64, MODEL64
+from helpers.tolerances import EPS, FLOAT64, MODEL64, half_rounding
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_reslora import ResLoRAConfig, calibrate_merge, describe_chains, merge_report, save_as_lora
+from peft_reslora.export import export_lora_from_files
 from peft_reslora.reslora.merging.anneal import anneal_shortcuts
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:.* linked to no other")]
@@ -220,6 +221,7 @@ def test_a_regression_in_groups_is_refused():
         calibrate_merge(adapted(Classifier("groups"), "input"), batches("groups"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The LoRA has r=", "ignore:.*of its update")
 def test_the_convolutions_of_a_unet(tmp_path):
     """As diffusers builds it: merged, exported, and read by plain PEFT and by diffusers' own loader."""
@@ -237,3 +239,28 @@ def test_the_convolutions_of_a_unet(tmp_path):
     base.load_lora_adapter(str(tmp_path), weight_name="adapter_model.safetensors", prefix="base_model.model")
     assert relative_error(output_of(base.double(), inputs), expected) < 100 * EPS
     assert relative_error(output_of(model.merge_and_unload(), inputs), expected) < MODEL64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_compiled_whole(shortcut):
+    model, x = adapted(net("groups"), shortcut), images("groups")
+    expected = model(x)
+    assert relative_error(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected) < FLOAT64
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_half_precision_stays_close(shortcut):
+    model, x = adapted(net("2d"), shortcut).float(), images("2d").float()
+    expected, bound = model(x), half_rounding(60, torch.bfloat16)  # in each of seven layers, a few after each other
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(model(x), expected) < bound
+    assert relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16()), expected) < bound
+
+
+def test_files_alone_are_inspected_and_not_exported(tmp_path, command):
+    """Groups, dilation and padding mode are in the base model only."""
+    adapted(net("groups"), "block").save_pretrained(tmp_path)
+    assert "6->8 (3x3)" in command("inspect", tmp_path).out
+    with pytest.raises(ValueError, match=r"layer 'layers\.0\.down': it is a convolution, and no config of its base"):
+        export_lora_from_files(tmp_path)
