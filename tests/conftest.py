@@ -30,7 +30,8 @@ ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support-table", action="store_true", help="print the table of what the collected tests show")
+    for option in ("--support-table", "--layer-support-table"):
+        parser.addoption(option, action="store_true", help="print the table of what the collected tests show")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,6 +55,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from helpers.support import support_table
 
         sys.stdout.write(f"\n{support_table(session.config.stash[ALL_TESTS])}\n")
+    if session.config.getoption("--layer-support-table"):
+        from helpers.support import layer_support_table
+
+        sys.stdout.write(f"\n{layer_support_table(session.config.stash[ALL_TESTS])}\n")
 
 
 @pytest.fixture

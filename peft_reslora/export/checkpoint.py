@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_reslora.export.fitting import Fit, FittedUpdate
+from peft_reslora.export.forms import EMBEDDING, LINEAR, form_of, reads_back
 from peft_reslora.export.hub import upload
 from peft_reslora.export.report import ExportReport, LayerReport, lora_card
 from peft_reslora.shared.card import is_local, method_name
@@ -65,7 +66,8 @@ class LoraExport:
 
     Args:
         config: a plain `LoraConfig`.
-        state_dict: `base_model.model.<module>.lora_A.weight` (r, in_features), `.lora_B.weight` (out_features, r).
+        state_dict: `base_model.model.<module>.lora_A.weight` (r, in_features), `.lora_B.weight` (out_features, r), for
+            convolutions as kernels; of embeddings `.lora_embedding_A` and `.lora_embedding_B`.
         report: per layer, what the conversion kept.
         diffusers_prefix: what a diffusers pipeline puts before the layers' names, such as 'unet' or 'text_encoder',
             for a model that pipelines hold; they read a file of their own.
@@ -80,9 +82,10 @@ class LoraExport:
         """(in_features, out_features) of each layer in the file."""
         found: dict[str, tuple[int, int]] = {}
         for key, A in self.state_dict.items():
-            if key.endswith(".lora_A.weight"):
-                name = key.removesuffix(".lora_A.weight")
-                found[name.removeprefix(PREFIX)] = A.shape[1], self.state_dict[f"{name}.lora_B.weight"].shape[0]
+            for form in (LINEAR, EMBEDDING):
+                if key.endswith(f".{form.names[0]}"):
+                    name = key.removesuffix(f".{form.names[0]}")
+                    found[name.removeprefix(PREFIX)] = A.shape[1], self.state_dict[f"{name}.{form.names[1]}"].shape[0]
         return found
 
     def pipeline_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -234,12 +237,10 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
         )
     generator = torch.Generator().manual_seed(0)
     for name, layer in layers.items():
-        A, B = (state_dict[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
-        x = torch.randn(4, A.shape[1], generator=generator)
-        lora_A, lora_B = layer.lora_A["default"].float().cpu(), layer.lora_B["default"].float().cpu()
-        read, expected = layer.scaling["default"] * lora_B(lora_A(x)), x @ A.T @ B.T
+        form = form_of(layer.get_base_layer())
+        A, B = form.matrices((state_dict[f"{name}.{form.names[0]}"], state_dict[f"{name}.{form.names[1]}"]))
         same_norms = _same_norms(layer, state_dict.get(f"{name}.{DORA_PART}"))
-        if not (same_norms and torch.allclose(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))):
+        if not (same_norms and reads_back(layer, A.float(), B.float(), generator)):
             raise ValueError(
                 f"Read back with PEFT, layer {name.removeprefix(PREFIX)!r} computes something else than was exported."
             )
@@ -274,15 +275,17 @@ def assemble(
     lora_config.r = lora_config.lora_alpha = r
     lora_config.inference_mode = True
     pairs = {
-        name: (torch.zeros(0, in_features, dtype=fit.dtype), torch.zeros(out_features, 0, dtype=fit.dtype))
+        name: (LINEAR, torch.zeros(0, in_features, dtype=fit.dtype), torch.zeros(out_features, 0, dtype=fit.dtype))
         for name, (in_features, out_features) in zeros.items()
     }
-    pairs.update({name: (update.factors.A, update.factors.B) for name, update in updates.items()})
+    pairs.update({name: (update.form, *update.factors.pair) for name, update in updates.items()})
     state_dict = {}
-    for name, (A, B) in pairs.items():
-        missing = r - A.shape[0]
-        state_dict[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
-        state_dict[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B, (0, missing)).contiguous()
+    for name, (form, A, B) in pairs.items():
+        try:
+            tensors = form.tensors(A, B, r)
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r} fits into no plain LoRA: {error}.") from error
+        state_dict.update({f"{PREFIX}{name}.{key}": tensor for key, tensor in tensors.items()})
     norms = {name: update.magnitude for name, update in updates.items() if update.magnitude is not None}
     lora_config.use_dora = bool(norms)
     for name, magnitude in (norms | dict(norms_of_zeros or {})).items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_reslora.export.checkpoint import PREFIX, LoraExport, assemble
 from peft_reslora.export.factors import Factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.forms import LINEAR, Form
 from peft_reslora.export.from_model import export_quietly
 from peft_reslora.reslora.merging.estimators import Exactness
 from peft_reslora.shared.precision import full_precision
@@ -46,15 +47,15 @@ class Composition:
 class _Whole(Fit):
     """Leaves an update as it is, of whatever rank: it is one of several, and their sum is what goes into a file."""
 
-    def update(self, factors: Factors, merge: Exactness = AS_TRAINED) -> FittedUpdate:
-        return FittedUpdate(Factors(factors.A.cpu(), factors.B.cpu()), factors.rank, 1.0, 0.0, merge)
+    def update(self, factors: Factors, merge: Exactness = AS_TRAINED, form: Form = LINEAR) -> FittedUpdate:
+        return FittedUpdate(Factors(factors.A.cpu(), factors.B.cpu()), factors.rank, 1.0, 0.0, merge, form)
 
     @property
     def nested_rank(self) -> int | None:
         return None
 
     def file_rank(self, updates: Mapping[str, FittedUpdate]) -> int:
-        return max(1, *(update.factors.rank for update in updates.values()))
+        return max(1, *(update.form.needs(*update.factors.pair) for update in updates.values()))
 
 
 def combine_as_lora(
@@ -315,6 +316,12 @@ def _refuse_unlike(exports: Sequence[LoraExport]) -> None:
     Raises:
         ValueError: naming what differs.
     """
+    tensors = {key: tensor for export in exports for key, tensor in export.state_dict.items()}
+    if other := [key for key, tensor in tensors.items() if tensor.ndim != 2 or "lora_embedding_" in key]:
+        raise ValueError(
+            f"{other[0].removeprefix(PREFIX)} is of a convolution or an embedding, and only adapters of linear layers "
+            "are summed. Combine the adapters before, with add_weighted_adapter(..., combination_type='cat')."
+        )
     shapes: dict[str, tuple[int, int]] = {}
     for export in exports:
         for name, shape in export.shapes().items():

@@ -2,7 +2,8 @@
 
 The update of a layer is meant as `nn.Linear` holds its weight, `(out_features, in_features)`, with every scale
 included, whatever the orientation of the base layer's own weight. Factors of it are `A (R, in_features)` and
-`B (out_features, R)` with update = B @ A, in float32, or in float64 where the adapter is.
+`B (out_features, R)` with update = B @ A, in float32, or in float64 where the adapter is. A kernel of a convolution is
+meant as the matrix `(out_channels, in_channels * positions)`, that of an embedding as `(dimensions, entries)`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reslora.export.forms import form_of
 from peft_reslora.reslora.layer import ResLoRALayer
-from peft_reslora.shared.host import Convolution
+from peft_reslora.shared.host import CONVOLUTIONS, Convolution
 from peft_reslora.shared.tensors import NOT_HERE, is_readable, widen
 
 
@@ -71,6 +73,11 @@ class Factors:
     def rank(self) -> int:
         """R, the number of directions; the rank of the update, unless they are linearly dependent."""
         return self.A.shape[0]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.A, self.B
 
     def spectrum(self) -> Spectrum:
         """By QR of both factors and an SVD of the (R, R) core between them; the update itself is never formed."""
@@ -128,7 +135,7 @@ def layer_factors(layer: BaseTunerLayer, adapter_name: str, *, approximate: bool
             `get_delta_weight` is its whole update (`supports_lora_conversion`) gives that, as factors of full rank.
 
     Raises:
-        ValueError: with the reason, if the update is no matrix of low rank added to a linear layer's weight.
+        ValueError: with the reason, if the update is no matrix of low rank added to the layer's weight.
     """
     _refuse_other_than_linear(layer)
     if isinstance(layer, GivesFactors):
@@ -182,12 +189,16 @@ def _lora(layer: Any, adapter_name: str) -> Factors:
             f"it trains the LoRA variant {type(variant).__name__}, whose update is not scaling * B @ A; use "
             "merge_and_unload() where PEFT can merge the variant"
         )
+    if adapter_name in layer.lora_embedding_A:
+        A, B = (_numbers(held[adapter_name]) for held in (layer.lora_embedding_A, layer.lora_embedding_B))
+        return Factors.of(A, B, layer.scaling[adapter_name])
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
+    if not isinstance(A, (nn.Linear, *CONVOLUTIONS)) or type(A) is not type(B):
         raise ValueError(f"its factors are {type(A).__name__} and {type(B).__name__} modules instead of Linear")
     if B.bias is not None:
         raise ValueError("it trains a bias (lora_bias=True), which a plain LoRA cannot hold; use merge_and_unload()")
-    return Factors.of(_numbers(A.weight), _numbers(B.weight), layer.scaling[adapter_name])
+    form = form_of(layer.get_base_layer())
+    return Factors.of(*form.matrices((_numbers(A.weight), _numbers(B.weight))), layer.scaling[adapter_name])
 
 
 def _adalora(layer: Any, adapter_name: str) -> Factors:
@@ -199,9 +210,7 @@ def _adalora(layer: Any, adapter_name: str) -> Factors:
 
 def _loha(layer: Any, adapter_name: str) -> Factors:
     """s (B1 A1) * (B2 A2), elementwise = s (B1 . B2) (A1 . A2), with all r^2 products of a column (row) of each."""
-    B1, A1, B2, A2 = (
-        _numbers(getattr(layer, f"hada_{name}")[adapter_name]) for name in ("w1_a", "w1_b", "w2_a", "w2_b")
-    )
+    (B1, A1), (B2, A2) = (_product_of(layer, adapter_name, f"hada_w{n}") for n in (1, 2))
     B = torch.einsum("oi,oj->oij", B1, B2).flatten(1)
     A = torch.einsum("id,jd->ijd", A1, A2).flatten(0, 1)
     return Factors.of(A, B, layer.scaling[adapter_name])
@@ -212,12 +221,27 @@ def _lokr(layer: Any, adapter_name: str) -> Factors:
 
     def part(name: str, scale: float = 1.0) -> Factors:
         if adapter_name in (whole := getattr(layer, name)):
-            A, B = factorize(_numbers(whole[adapter_name]))
+            if whole[adapter_name].ndim == 3:
+                raise ValueError(
+                    "of a whole second part over nn.Conv1d, PEFT's LoKr makes no Kronecker product of matrices "
+                    "(0.21.2); use merge_and_unload()"
+                )
+            A, B = factorize(_numbers(whole[adapter_name]).flatten(1))
         else:
-            A, B = (_numbers(getattr(layer, f"{name}_{side}")[adapter_name]) for side in "ba")
+            B, A = _product_of(layer, adapter_name, name)
         return Factors.of(A, B, scale)
 
     return KroneckerFactors.product(part("lokr_w1", layer.scaling[adapter_name]), part("lokr_w2"))
+
+
+def _product_of(layer: Any, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+    """B `(out, r)` and A `(r, in)` of one of LoHa's or LoKr's matrices; with a core T of Tucker's decomposition
+    (use_effective_conv2d) of what W = sum_ij T[i, j] a[i, out] b[j, in] comes to."""
+    a, b = (_numbers(getattr(layer, f"{name}_{side}")[adapter_name]) for side in "ab")
+    cores = getattr(layer, name.replace("_w", "_t"), {})
+    if adapter_name not in cores:
+        return a, b
+    return a.T, torch.einsum("ijkl,jn->inkl", _numbers(cores[adapter_name]), b).flatten(1)
 
 
 # By layer class, the first that fits: AdaLoRA's layers are LoRA's as well.
@@ -231,7 +255,7 @@ _RULES: dict[type, Callable[[Any, str], Factors]] = {
 
 def _dense(layer: Any, adapter_name: str) -> Factors:
     """Factors of full rank, from the update as the layer itself would merge it."""
-    delta = widen(layer.get_delta_weight(adapter_name))
+    delta = widen(layer.get_delta_weight(adapter_name)).flatten(1)
     turned = getattr(layer, "fan_in_fan_out", False) or isinstance(layer.get_base_layer(), Conv1D)
     return Factors.of(*factorize(delta.T if turned else delta))
 
@@ -240,10 +264,13 @@ def _refuse_other_than_linear(layer: BaseTunerLayer) -> None:
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         raise ValueError("it adapts a parameter (target_parameters) and not a linear layer; use merge_and_unload()")
-    if isinstance(base, (nn.Embedding, nn.MultiheadAttention, Convolution)):
+    lora = isinstance(layer, (LoraLayer, GivesFactors))
+    grouped = isinstance(base, Convolution) and base.groups > 1 and not isinstance(layer, LoraLayer)
+    if isinstance(base, nn.MultiheadAttention) or grouped or (isinstance(base, nn.Embedding) and not lora):
+        kind = f"{type(base).__name__}{' in groups' if grouped else ''}"
         raise ValueError(
-            f"its base layer is {type(base).__name__}, and only linear layers (nn.Linear, Conv1D) are exported; train "
-            "without it, or use merge_and_unload()"
+            f"its base layer is {kind}, of which {_class_name(layer)} is not exported; train without it, or use "
+            "merge_and_unload()"
         )
 
 

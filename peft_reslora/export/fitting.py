@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_reslora.export.factors import Factors
+from peft_reslora.export.forms import LINEAR, Form
 from peft_reslora.reslora.merging.estimators import Exactness
 
 # The ranks that vLLM can be told to serve; TGI and LoRAX take them without padding of their own.
@@ -30,6 +31,7 @@ class FittedUpdate:
         merge: how the adapter became one matrix on this layer.
         first: of nested ranks, how many of each block's first directions are left; None where no others were cut off.
         magnitude: of DoRA, m `(out_features,)` in the file's dtype; None for others.
+        form: in which the file holds the factors.
     """
 
     factors: Factors
@@ -39,6 +41,7 @@ class FittedUpdate:
     merge: Exactness = AS_TRAINED
     first: int | None = None
     magnitude: Tensor | None = None
+    form: Form = LINEAR
 
     @property
     def truncated(self) -> bool:
@@ -81,7 +84,7 @@ class Fit:
         """The rank at which an adapter with nested ranks is cut off; None for all its directions."""
         return self.rank
 
-    def update(self, factors: Factors, merge: Exactness = AS_TRAINED) -> FittedUpdate:
+    def update(self, factors: Factors, merge: Exactness = AS_TRAINED, form: Form = LINEAR) -> FittedUpdate:
         """Truncate, cast once, and measure what that cost.
 
         Raises:
@@ -92,9 +95,9 @@ class Fit:
         if self.approximate:
             cut = truncate(factors, rank=self.rank, energy=self.energy)
             kept, energy_kept, error = cut.factors, cut.energy_kept, cut.relative_error
-        if kept.rank > RANKS[-1]:
+        if (needed := form.needs(*kept.pair)) > RANKS[-1]:
             raise ValueError(
-                f"its update has rank {kept.rank}, and no LoRA above rank {RANKS[-1]} can be served; pass rank= or a "
+                f"its update has rank {needed}, and no LoRA above rank {RANKS[-1]} can be served; pass rank= or a "
                 "lower energy= for an approximation, or use merge_and_unload()"
             )
         cast = Factors(kept.A.to(self.dtype), kept.B.to(self.dtype))
@@ -103,7 +106,7 @@ class Fit:
                 cast, f"its factors do not fit into {self.dtype}; choose torch.float32 or torch.bfloat16"
             )
             error = relative_error(factors, cast)
-        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge)
+        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge, form)
 
     def dora_update(self, factors: Factors, magnitude: Tensor, merge: Exactness = AS_TRAINED) -> FittedUpdate:
         """As `update`, with the trained norms `(out_features,)` of the rows of the merged weight.
@@ -122,7 +125,7 @@ class Fit:
 
     def file_rank(self, updates: Mapping[str, FittedUpdate]) -> int:
         """The least rank that is served and holds every update; not below the rank that was asked for."""
-        needed = max([self.rank or 0, *(update.factors.rank for update in updates.values())])
+        needed = max([self.rank or 0, *(update.form.needs(*update.factors.pair) for update in updates.values())])
         return next(size for size in RANKS if size >= needed)
 
 

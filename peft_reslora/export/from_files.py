@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import DORA_PART, LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
 from peft_reslora.export.fitting import Fit, FittedUpdate
+from peft_reslora.export.forms import LINEAR, Form, form_of
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer, is_dora, refuse_truncated_dora
 from peft_reslora.export.targets import linear_shape
@@ -82,8 +84,26 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     update_of, updates = _updates_in_files(adapter, fit), {}
     for name in adapter.tensors:
         with in_layer(adapter.name, name):
-            updates[name] = update_of(name)
+            form = _form_in_files(adapter, name)
+            updates[name] = dataclasses.replace(update_of(name), form=form)
     return updates
+
+
+def _form_in_files(adapter: SavedAdapter, name: str) -> Form:
+    """The form of a layer's factors.
+
+    Raises:
+        ValueError: for a convolution without its base model, since only that tells how its kernels are applied.
+    """
+    A = adapter.tensors[name].get("lora_A.weight")
+    if A is None or A.ndim < 3:
+        return LINEAR
+    if adapter.base is None:
+        raise ValueError(
+            "it is a convolution, and no config of its base model, which alone tells its groups, dilation and padding "
+            f"mode, is on this machine. {FETCH} {WITH_BASE}"
+        )
+    return form_of(adapter.base.get_submodule(name))
 
 
 def targets_in_files(config: Any, exported: list[str]) -> list[str]:
@@ -118,11 +138,11 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
         def dora(name: str) -> FittedUpdate:
             parts = dict(tensors[name])
             norms = parts.pop(DORA_PART, None)
-            factors = _lora(config, name, parts)
+            factors = _lora(config, name, parts, _form_in_files(adapter, name))
             return fit.dora_update(factors, _norms({} if norms is None else {DORA_PART: norms}, DORA_PART, factors))
 
         return dora
-    return lambda name: fit.update(_lora(config, name, tensors[name]))
+    return lambda name: fit.update(_lora(config, name, tensors[name], _form_in_files(adapter, name)))
 
 
 def _norms(parts: Mapping[str, Tensor], part: str, factors: Factors) -> Tensor:
@@ -136,16 +156,17 @@ def _norms(parts: Mapping[str, Tensor], part: str, factors: Factors) -> Tensor:
     return widen(parts[part])
 
 
-def _lora(config: Any, name: str, parts: Mapping[str, Tensor]) -> Factors:
+def _lora(config: Any, name: str, parts: Mapping[str, Tensor], form: Form) -> Factors:
     """s B A, of the rank and alpha that the config gives the layer."""
     if parts.keys() != set(PARTS["LORA"]):
         raise ValueError(
             f"it has the tensors {', '.join(sorted(parts))} instead of {' and '.join(PARTS['LORA'])}, so it is no "
-            f"plain LoRA of a linear layer. {MERGE_INSTEAD}"
+            f"plain LoRA of a linear layer or convolution. {MERGE_INSTEAD}"
         )
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
     r = by_pattern(config.rank_pattern, name, config.r)
-    return Factors.of(parts["lora_A.weight"], parts["lora_B.weight"], scaling_of(config, r, alpha))
+    pair = parts["lora_A.weight"], parts["lora_B.weight"]
+    return Factors.of(*(pair if form == LINEAR else form.matrices(pair)), scaling_of(config, r, alpha))
 
 
 def _mora(

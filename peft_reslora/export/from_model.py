@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
 from peft_reslora.export.factors import dora_factors, layer_factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
+from peft_reslora.export.forms import form_of
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
@@ -204,7 +206,9 @@ def updates_in_model(
                     )
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
-                        updates[name] = _update(layer, adapter_name, config, fit, chain_fit)
+                        form = form_of(layer.get_base_layer())
+                        update = _update(layer, adapter_name, config, fit, chain_fit)
+                        updates[name] = dataclasses.replace(update, form=form)
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates

@@ -1,11 +1,11 @@
 """Chains: which target layers hand something to which, found from their names and shapes.
 
 A chain is the ordered list of target layers of one role: the same path once block indices are wildcarded, the same
-in_features and out_features. Blocks without such a layer are passed over, as the chains of a hybrid's attention pass
-over its Mamba blocks. Names and shapes do not tell everything: what only the model tells stands in *cuts*, the layers
-at which a new chain begins (`cuts.py` finds them, `ResLoRAConfig.chain_cuts` keeps them). The rule and the cuts make
-the chains of an adapter, in a model and from its files; the rule stays as it is, so that saved adapters stay as they
-are.
+in_features and out_features, and of convolutions the same size of the kernel. Blocks without such a layer are passed
+over, as the chains of a hybrid's attention pass over its Mamba blocks. Names and shapes do not tell everything: what
+only the model tells stands in *cuts*, the layers at which a new chain begins (`cuts.py` finds them,
+`ResLoRAConfig.chain_cuts` keeps them). The rule and the cuts make the chains of an adapter, in a model and from its
+files; the rule stays as it is, so that saved adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -21,19 +21,31 @@ from peft_reslora.shared.tables import format_table
 
 _KEPT = "chain_cuts of the adapter's config ends a chain here"
 
+EMBEDDING = "embedding"  # a `Target.kind`
+
 
 @dataclass(frozen=True)
 class Target:
-    """One target layer: its path in the base model, its shape and the rank of its block."""
+    """One target layer: its path in the base model, its shape and the rank of its block.
+
+    `kind` is empty for linear layers; of a convolution it is the size of the kernel, and the features are channels.
+    The in_features of an embedding are its entries.
+    """
 
     name: str
     in_features: int
     out_features: int
     rank: int
+    kind: str = ""
 
     @property
     def shape(self) -> str:
-        return f"{self.in_features}->{self.out_features}"
+        return f"{self.in_features}->{self.out_features}{self.kind and f' ({self.kind})'}"
+
+
+def kernel_kind(size: Iterable[int]) -> str:
+    """The `kind` of a convolution's target: 3x3."""
+    return "x".join(map(str, size))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ _REFUSED_FIELDS: dict[str, tuple[object, ...]] = {
     "monteclora_config": (None,),
     "kasa_config": (None,),
     "lora_bias": (False,),
-    "target_parameters": (None, []),
     "megatron_config": (None,),
 }
 _INITS: tuple[object, ...] = (True, False, "gaussian", "orthogonal")
@@ -265,6 +264,12 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             for name, harmless in _REFUSED_FIELDS.items()
             if name in known and (value := getattr(self, name)) not in harmless
         ]
+        if self.target_parameters:
+            faults.append(
+                f"target_parameters={fields.shown(self.target_parameters)} is not supported with shortcuts: of the "
+                "parameters of one module, such as fused experts, PEFT makes layers inside each other under one name, "
+                "which no chain can tell apart; train them with LoraConfig"
+            )
         if self.init_lora_weights not in _INITS:
             faults.append(
                 f"init_lora_weights={fields.shown(self.init_lora_weights)} changes the base weight or needs its own "

@@ -16,16 +16,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.reslora.chain_table import (
+    EMBEDDING,
     ChainTable,
     Target,
     chain_settings,
     cuts_by_number,
     find_chains,
     kept_cuts,
+    kernel_kind,
     shortest_cuts,
 )
 from peft_reslora.reslora.config import AUTO, BY_NUMBER, ResLoRAConfig
-from peft_reslora.shared.host import in_out_features
+from peft_reslora.shared.host import Convolution, in_out_features
 from peft_reslora.shared.names import PREFIX, bare_name
 
 # Lists of such names hold what works side by side, on one input or each on its own: output heads, embeddings of boxes
@@ -99,6 +101,8 @@ def find_cuts(
                 continue
             if before not in targeted:
                 cuts[after] = f"layer {before} lies between and is not targeted"
+            elif differing := _other_steps(modules, before, after):
+                cuts[after] = f"the convolutions differ in {differing}"
             elif _tokens_stop(shared, before, after):
                 cuts[after] = "the model reuses earlier keys here, and may go on with the last tokens only"
             elif not _matches(patterns, after) and _side_by_side(modules, before, after):
@@ -111,7 +115,7 @@ def _matches(patterns: Iterable[str], name: str) -> bool:
 
 
 def _linear_layers(modules: Mapping[str, nn.Module]) -> Iterator[Target]:
-    """The linear layers of the base model, whether or not they are adapted."""
+    """The linear layers and convolutions of the base model, whether or not they are adapted."""
     inside: list[str] = []
     for name, module in modules.items():
         parts = name.split(".")
@@ -124,10 +128,20 @@ def _linear_layers(modules: Mapping[str, nn.Module]) -> Iterator[Target]:
             module = module.get_base_layer()
         if (shape := _shape_of(module)) is not None:
             # PEFT's wrappers of modules that are trained whole keep the original under this name.
-            yield Target(".".join(part for part in parts if part != "original_module"), *shape, rank=0)
+            bare = ".".join(part for part in parts if part != "original_module")
+            yield target_of(bare, module, shape, rank=0)
+
+
+def target_of(name: str, base_layer: nn.Module, shape: tuple[int, int], rank: int) -> Target:
+    """A layer as chains see it; `shape` is its in_features and out_features."""
+    if not isinstance(base_layer, Convolution):
+        return Target(name, *shape, rank, EMBEDDING if isinstance(base_layer, nn.Embedding) else "")
+    return Target(name, base_layer.in_channels, base_layer.out_channels, rank, kernel_kind(base_layer.kernel_size))
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Convolution):
+        return module.in_channels, module.out_channels
     if isinstance(module, nn.Linear | Conv1D) or hasattr(module, "infeatures"):
         in_features, out_features = in_out_features(module)  # private in PEFT, read in 0.21.2
     else:
@@ -149,6 +163,14 @@ def _first_without_keys(modules: Mapping[str, nn.Module]) -> dict[str, int]:
             blocks, number = ".".join(parts[: numbers[-1]]), int(parts[numbers[-1]])
             first[blocks] = min(number, first.get(blocks, number))
     return first
+
+
+def _other_steps(modules: Mapping[str, nn.Module], before: str, after: str) -> str:
+    """In what two convolutions with equal kernels differ."""
+    first, second = (modules.get(name) for name in (before, after))
+    first, second = (m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in (first, second))
+    names = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed")
+    return ", ".join(name for name in names if getattr(first, name, None) != getattr(second, name, None))
 
 
 def _tokens_stop(first_without_keys: Mapping[str, int], before: str, after: str) -> bool:

@@ -6,6 +6,7 @@ of their own layer only, and re-entrant checkpointing, allow for less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import Enum, auto
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, Term, readable
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.sums import whole_update_is_cheaper
-from peft_reslora.shared.host import is_bare_linear, is_tensor_parallel, is_transformed
+from peft_reslora.shared.host import is_bare, is_tensor_parallel, is_transformed
 
 _ADVICE = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
 
@@ -106,7 +107,7 @@ def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
 
     Only in the precision of the factors, since the sum would be rounded once per layer.
     """
-    if chain.config.pre_num != -1 or position == 0:
+    if chain.config.pre_num != -1 or position == 0 or not chain.kind.is_linear:
         return False
     if torch.compiler.is_compiling() or is_transformed() or torch.is_autocast_enabled(x.device.type):
         return False
@@ -119,7 +120,7 @@ def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
 def _look(chain: Chain, positions: Iterable[int]) -> _Seen:
     blocks = [chain.block(k) for k in positions if chain.has(k)]
     sharded = any(map(_is_sharded, blocks))
-    return _Seen(sharded, not all(is_bare_linear(linear) for block in blocks for linear in block.modules))
+    return _Seen(sharded, not all(is_bare(module) for block in blocks for module in block.modules))
 
 
 def _neighbors(chain: Chain, position: int) -> range:
@@ -141,8 +142,8 @@ def _is_sharded(block: LinearBlock) -> bool:
 def _handed(chain: Chain, position: int, device: torch.device) -> list[Factors]:
     """A and B of the layer and of those that feed it, as those layers hand them on in this forward pass."""
     block = chain.block(position)
-    A, B = (_whole(linear, chain.names[position], device) for linear in block.modules)
-    own = block.in_use(A, B)
+    whole = [_whole(module, chain.names[position], device) for module in block.modules]
+    own = block.in_use(*whole) if whole else read(chain, position)  # an embedding has no modules
     handed = chain.relay.pass_on(position, torch.cat([factor.flatten() for factor in own]))
     values = zip(chain.span(position), (handed.own, *handed.earlier), strict=True)
     return [read(chain, k) if value is None else _unflatten(chain.block(k), value) for k, value in values]
@@ -150,7 +151,7 @@ def _handed(chain: Chain, position: int, device: torch.device) -> list[Factors]:
 
 def _whole(linear: nn.Linear, name: str, device: torch.device) -> torch.Tensor:
     """The weight, as its own layer's forward sees it."""
-    if is_bare_linear(linear) or isinstance(linear.weight, DTensor):
+    if is_bare(linear) or isinstance(linear.weight, DTensor) or not isinstance(linear, nn.Linear):
         return readable(linear.weight, name, _ADVICE)
     return weight_by_call(linear, device if linear.weight.is_meta else linear.weight.device)
 
@@ -161,7 +162,6 @@ def weight_by_call(linear: nn.Linear, device: torch.device) -> torch.Tensor:
 
 
 def _unflatten(block: LinearBlock, flat: torch.Tensor) -> Factors:
-    lora_a, lora_b = block.modules
-    r = lora_a.out_features
-    A, B = flat.split((r * lora_a.in_features, r * lora_b.out_features))
-    return A.view(r, lora_a.in_features), B.view(lora_b.out_features, r)
+    shape_a, shape_b = block.shapes
+    A, B = flat.split((math.prod(shape_a), math.prod(shape_b)))
+    return A.view(shape_a), B.view(shape_b)

@@ -13,15 +13,17 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
 from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
+from peft_reslora.reslora.blocks.convolution import gather
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
 from peft_reslora.reslora.variant import ResLoRAVariant
@@ -40,9 +42,13 @@ from peft_reslora.shared.stamps import StampedLayer
 from peft_reslora.shared.tensors import restore, stored
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
-# TransformerEngine, embeddings, convolutions, attention, parameters) would train plain LoRA and are refused.
+# TransformerEngine, attention, parameters) would train plain LoRA and are refused.
 _VARIANT_AWARE = {
     "Linear": "peft.tuners.lora.layer",
+    "Conv1d": "peft.tuners.lora.layer",
+    "Conv2d": "peft.tuners.lora.layer",
+    "Conv3d": "peft.tuners.lora.layer",
+    "Embedding": "peft.tuners.lora.layer",
     "Linear8bitLt": "peft.tuners.lora.bnb",
     "Linear4bit": "peft.tuners.lora.bnb",
     "GPTQLoraLinear": "peft.tuners.lora.gptq",
@@ -110,6 +116,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     lora_annealed: BufferDict  # by adapter: the share t () of the shortcut whose place C_n has taken in the forward
     # While merged: the base layer's weight from before; where it is quantized, a copy of the base layer.
     kept_base: list[nn.Parameter | nn.Module]
+    is_plain: ClassVar[bool] = False  # whether the base layer's weight is plain numbers, into which a merge can write
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies and pickles: the copied layer enters itself into the copies of its chains."""
@@ -170,7 +177,12 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def make_room_for_estimate(self, adapter_name: str, estimate: str) -> None:
         """Buffers for an estimate that is to be loaded, without numbers until then."""
         weight, _ = self.block_of(adapter_name).weights
-        shapes = {"lora_shortcut": tuple(weight.shape), "lora_calibrated": (2 * weight.shape[0],), "lora_annealed": ()}
+        shape: tuple[int, ...] = self.block_of(adapter_name).estimate_shape
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_shortcut": shape,
+            "lora_calibrated": (2 * shape[0],),
+            "lora_annealed": (),
+        }
         del shapes["lora_calibrated" if estimate == "annealed" else "lora_annealed"]
         place = self.chain_of(adapter_name)
         if place is not None and place[1] == 0:
@@ -223,8 +235,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""
-        block = self.block_of(adapter_name)
-        A, B = (factor.detach() for factor in block.fold(*block.weights))
+        A, B = self.block_of(adapter_name).factors(self.layer_name, "Load the model without sharding for this.")
         if shortcut is not None:
             self.lora_shortcut[adapter_name] = shortcut.to(A.device, torch.float32)
         self.lora_calibrated[adapter_name] = factor_sketch(A, B).to(A.device)
@@ -284,7 +295,15 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             return super().get_delta_weight(adapter)
         block = self.block_of(adapter)
         delta = block.delta(*self._factors_of_merge(adapter))
-        return transpose(delta, self.fan_in_fan_out).to(block.weights[1].dtype)
+        return self.as_weight(delta).to(block.weights[1].dtype)
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the base layer's shape as a matrix `(out_features, in_features)`."""
+        return transpose(weight, self.fan_in_fan_out)
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix `(out_features, in_features)` in the shape of the base layer's weight."""
+        return transpose(matrix, self.fan_in_fan_out)
 
     def add_delta_weight(self, weight: torch.Tensor, adapter_name: str, in_place: bool = False) -> torch.Tensor:
         """`weight` plus the merged delta weight, rounded once."""
@@ -303,7 +322,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             kept = self._keep_base(names)
             self.kept_base += [] if before else kept  # one adapter may ask for the weight from before another's merge
             try:
-                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                self._merge_into_base(safe_merge, adapter_names)
             except BaseException:
                 self._put_back(kept)
                 self.merged_adapters[:], self.kept_base[:] = before, kept_before
@@ -311,6 +330,9 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             keep_bias(self.get_base_layer(), base_layer)
         if not self._keeps_base(names):
             self.kept_base[:] = kept_before
+
+    def _merge_into_base(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     @full_precision()
     def unmerge(self) -> None:
@@ -335,15 +357,15 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             ValueError: naming the layer, and the adapter whose update does not fit.
             TypeError: if the base weight cannot be read as plain numbers.
         """
-        name, base_layer, is_plain = self.layer_name, self.get_base_layer(), type(self) is Linear
+        name, base_layer = self.layer_name, self.get_base_layer()
         refuse_repacked(base_layer, name)
-        if adapter_names and is_plain:
+        if adapter_names and self.is_plain:
             refuse_unwritable(base_layer, name)
         if any(self.lora_bias.get(adapter_name) for adapter_name in adapter_names):
             raise ValueError(f"An adapter with lora_bias=True cannot be merged into the ResLoRA layer {name!r}.")
         bounds = {adapter_name: self._largest_update(adapter_name) for adapter_name in adapter_names}
         # Of a quantized weight, take the narrowest of the dtypes into which it can be dequantized.
-        dtype = base_layer.weight.dtype if is_plain and adapter_names else torch.float16
+        dtype = base_layer.weight.dtype if self.is_plain and adapter_names else torch.float16
         deltas = {n: partial(self.get_delta_weight, n) for n in adapter_names}
         refuse_overflow(self._base_weight, dtype, deltas, bounds, name, safe_merge)
 
@@ -368,7 +390,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         base_layer = self.get_base_layer()
         if not adapter_names:
             return []
-        if type(self) is not Linear:
+        if not self.is_plain:
             asked_for = len(adapter_names) > 1 and not self._adds_up(adapter_names)
             return [kept_copy(base_layer)] if asked_for or self._keeps_base(adapter_names) else []
         held = own_weight(base_layer)
@@ -392,7 +414,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     def _base_weight(self) -> torch.Tensor:
         """The base layer's weight as it is now, in its own orientation, dequantized or computed."""
         base_layer = self.get_base_layer()
-        if type(self) is not Linear:
+        if not self.is_plain:
             return dequantized_weight(base_layer)
         if own_parameter(base_layer, "weight") is not None:
             return held_tensor(base_layer, "weight").detach()
@@ -417,7 +439,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
                 "weight was not kept, so merge_estimator='weight_norm' cannot be computed. Merge all layers in one "
                 "call of merge_adapter or merge_and_unload."
             )
-        return transpose(weight, self.fan_in_fan_out)
+        return self.as_matrix(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `get_delta_weight` has the data it needs."""
@@ -461,6 +483,80 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
 class Linear(ResLoRALayer, lora.Linear):
     """`lora.Linear` with shortcuts; also for transformers' Conv1D."""
+
+    is_plain = True
+
+
+class Convolution(ResLoRALayer):
+    """PEFT's layers over convolutions with shortcuts."""
+
+    is_plain = True
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """A kernel `(out, in / groups, *size)` as a matrix `(out, in * positions)`, zero between groups."""
+        groups = self.get_base_layer().groups
+        return torch.block_diag(*weight.flatten(1).chunk(groups)) if groups > 1 else weight.flatten(1)
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        size = (base_layer.in_channels // base_layer.groups, *base_layer.kernel_size)
+        return gather(matrix, base_layer.groups).unflatten(1, size)
+
+    def _merge_into_base(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        base_layer, names = self.get_base_layer(), self.adapters_to_merge(adapter_names)
+        if base_layer.groups == 1 or any(self.chain_of(name) is None for name in names):
+            return super()._merge_into_base(safe_merge, adapter_names)
+        # PEFT merges nothing into groups (0.21.2), since its own A mixes them; it warns if there is nothing to do.
+        for name in check_adapters_to_merge(self, adapter_names):
+            base_layer.weight.data = self.add_delta_weight(base_layer.weight.data, name)
+            self.merged_adapters.append(name)
+        return None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # of linear layers only
+
+
+class Conv1d(Convolution, lora.layer.Conv1d):
+    """`nn.Conv1d` with shortcuts."""
+
+
+class Conv2d(Convolution, lora.layer.Conv2d):
+    """`nn.Conv2d` with shortcuts."""
+
+
+class Conv3d(Convolution, lora.layer.Conv3d):
+    """`nn.Conv3d` with shortcuts."""
+
+
+class Embedding(ResLoRALayer, lora.layer.Embedding):
+    """`nn.Embedding` with shortcut 'block'."""
+
+    is_plain = True
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t()
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t()
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """As in PEFT, which ignores variants here (0.21.2).
+
+        Raises:
+            ValueError: if one of the adapters takes from another layer.
+        """
+        places = {name: self.chain_of(name) for name in adapter_names}
+        if linked := [name for name, place in places.items() if place is not None and place[1] > 0]:
+            raise ValueError(
+                f"Adapter {linked[0]!r} links embedding {self.layer_name!r} to another, which batches with several "
+                "adapters (adapter_names) cannot have. Use set_adapter, one adapter at a time."
+            )
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # of linear layers only
 
 
 def _subclass(name: str) -> type[ResLoRALayer]:

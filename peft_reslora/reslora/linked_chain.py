@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
 from peft_reslora.reslora.blocks.nested import Directions
@@ -32,6 +33,7 @@ class ChainedLayer(Protocol):
     lora_annealed: BufferDict
 
     def check_loaded(self, adapter_name: str) -> None: ...
+    def get_base_layer(self) -> nn.Module: ...
     def unmerged_base_weight(self) -> torch.Tensor: ...
 
 
@@ -53,7 +55,7 @@ class Chain:
         self.names = list(names)
         self.adapter_name = adapter_name
         self.config = config
-        self.kind = block_kind(config)
+        self.kind = block_kind(config, layers[0].get_base_layer())
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
         self.merges_checked = False  # by whoever merges all layers

@@ -24,18 +24,24 @@ from peft_reslora.reslora.cuts import (
     is_new,
     refuse_moved_rows,
     replace_cuts,
+    target_of,
 )
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.passes import add_doorway
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
-from peft_reslora.shared.host import Convolution, custom_modules, has_adapter, in_out_features
+from peft_reslora.shared.host import CONVOLUTIONS, Convolution, custom_modules, has_adapter, in_out_features
 from peft_reslora.shared.names import PREFIX, bare_name
 from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
 _REFUSED_BASE_LAYERS = (nn.Embedding, Convolution, nn.MultiheadAttention)
+_OTHER_BLOCKS = {
+    "use_dora": "DoRA (use_dora)",
+    "total_step": "AdaLoRA (total_step)",
+    "nested_ranks": "nested ranks (nested_ranks)",
+}
 
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
@@ -109,7 +115,7 @@ def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: 
 
 def _targets_of(model: nn.Module, adapter_name: str) -> list[Target]:
     return [
-        Target(name, layer.in_features, layer.out_features, layer.r[adapter_name])
+        target_of(name, layer.get_base_layer(), (layer.in_features, layer.out_features), layer.r[adapter_name])
         for name, layer in _adapted_layers(model, adapter_name)
     ]
 
@@ -191,10 +197,16 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
         if in_features is None or out_features is None:
             continue  # a custom layer of PEFT's, which says so when it is made
         rank = by_pattern(config.rank_pattern, name, config.r)
-        if fault := oversized(rank, in_features, out_features):
-            raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
-        targets.append(Target(bare_name(name, model), in_features, out_features, rank))
+        if fault := oversized(rank, in_features, out_features) or _ungrouped(_base_of(layer), rank):
+            raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Change r or its entry in rank_pattern.")
+        targets.append(target_of(bare_name(name, model), _base_of(layer), (in_features, out_features), rank))
     return targets
+
+
+def _ungrouped(base_layer: nn.Module, rank: int) -> str | None:
+    """Why a convolution in groups cannot have this rank; None if it can."""
+    groups = getattr(base_layer, "groups", 1) if isinstance(base_layer, Convolution) else 1
+    return f"rank {rank} cannot be divided among its {groups} groups" if rank % groups else None
 
 
 def own_config(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> ResLoRAConfig:
@@ -223,14 +235,42 @@ def find_target_layers(
         base = _base_of(layer)
         if is_plain_linear(base) or isinstance(base, custom):
             return None
+        if isinstance(base, CONVOLUTIONS):
+            return _why_not_convolution(base, config)
         if isinstance(base, nn.Embedding):
-            return "which is no linear layer (modules_to_save and trainable_token_indices train embeddings)"
+            return _why_not_embedding(base, config)
+        if isinstance(base, nn.MultiheadAttention):
+            return (
+                "which is no linear layer: PEFT's LoRA adds its update to the weights in every forward pass, and "
+                "subtracts it again, which rounds them. Use LoraConfig for it, or attention with linear projections"
+            )
         with warnings.catch_warnings():  # of a type that PEFT does not know
             warnings.simplefilter("ignore")
             known = not isinstance(base, _REFUSED_BASE_LAYERS) and in_out_features(base) != (None, None)
         return None if known else "which is no linear layer"
 
     return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)
+
+
+def _why_not_convolution(base: nn.Module, config: ResLoRAConfig) -> str | None:
+    if type(base) not in CONVOLUTIONS:
+        return "which is no linear layer and computes another convolution than torch's own class"
+    if other := [words for field, words in _OTHER_BLOCKS.items() if getattr(config, field)]:
+        return f"a convolution, which has no blocks of {other[0]} here; train it without, in an adapter of its own"
+    return None
+
+
+def _why_not_embedding(base: nn.Embedding, config: ResLoRAConfig) -> str | None:
+    if config.shortcut != "block":
+        return (
+            f"which is no linear layer: its inputs are indices, which shortcut={config.shortcut!r} cannot add up (use "
+            "shortcut='block'; modules_to_save and trainable_token_indices train embeddings too)"
+        )
+    if other := [words for field, words in _OTHER_BLOCKS.items() if getattr(config, field)]:
+        return f"an embedding, which has no blocks of {other[0]} here; train it without, in an adapter of its own"
+    if type(base).forward is not nn.Embedding.forward or base.max_norm is not None:
+        return "which is no linear layer and computes more than its weight's rows"
+    return None
 
 
 def _base_of(layer: nn.Module) -> nn.Module:

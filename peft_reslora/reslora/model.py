@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -114,9 +115,10 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        with _without_warning_of_groups(target):
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
         as_reslora_layer(getattr(parent, target_name), current_key)
 
     @full_precision()
@@ -245,6 +247,12 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 "adapter would be applied a second time. Use 'cat' (exact) or 'linear', or export each adapter with "
                 "save_as_lora and combine those."
             )
+        for chain in (chain for adapter in adapters for chain in chains_of(self.model, adapter)):
+            if getattr(chain.layers[0].get_base_layer(), "groups", 1) > 1:
+                raise ValueError(
+                    f"Layer {chain.names[0]!r} is a convolution in groups, whose factors PEFT's combinations would "
+                    "put into other groups. Merge the adapters one after the other with merge_and_unload()."
+                )
         linked = {(c.shortcut, c.pre_num) for c in (self.peft_config[a] for a in adapters if a in self.peft_config)}
         if len(linked) > 1:
             raise ValueError(
@@ -331,6 +339,17 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 restore(held, adapter_name, buffer)
 
         return restore_all
+
+
+@contextmanager
+def _without_warning_of_groups(target: nn.Module) -> Iterator[None]:
+    """PEFT warns that convolutions in groups cannot be merged, which ours can."""
+    if getattr(target, "groups", 1) == 1:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups > 1")
+        yield
 
 
 def _refuse_allocated(config: ResLoRAConfig) -> None:

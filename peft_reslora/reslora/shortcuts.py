@@ -32,16 +32,12 @@ def middle_hidden(projection: torch.Tensor, previous: Sequence[torch.Tensor]) ->
     return projection
 
 
-def annealed_hidden(
-    hidden: torch.Tensor, projection: torch.Tensor, x: torch.Tensor, estimate: torch.Tensor, share: torch.Tensor
-) -> torch.Tensor:
-    """(1 - t) times the shortcut's `hidden` plus t times A_n x_n + C_n x_n, which is what a LoRA with A_n + C_n has.
+def annealed_hidden(hidden: torch.Tensor, fitted: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """(1 - t) times the shortcut's `hidden` plus t times what a LoRA with A_n + C_n has.
 
     Args:
         hidden: `(..., r)`, of `input_hidden` or `middle_hidden`.
-        projection: A_n x_n, `(..., r)`.
-        x: x_n, `(..., in_features)`.
-        estimate: C_n, `(r, in_features)`, constant.
+        fitted: A_n x_n + C_n x_n, `(..., r)`; C_n is constant.
         share: t, `()`; at 1 no trace of `hidden` is left.
     """
-    return torch.lerp(hidden, projection + F.linear(x, estimate.to(x.dtype)), share.to(hidden.dtype))
+    return torch.lerp(hidden, fitted, share.to(hidden.dtype))

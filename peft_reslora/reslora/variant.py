@@ -61,8 +61,8 @@ class ResLoRAVariant(LoraVariant):
     def _annealed(self, block: LinearBlock, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         layer, name = block.layer, block.adapter_name
         dropped = block.dropout(x)
-        projection = block.project_dropped(dropped)
-        return annealed_hidden(hidden, projection, dropped, layer.lora_shortcut[name], layer.lora_annealed[name])
+        fitted = block.project_dropped(dropped) + block.apply(dropped, layer.lora_shortcut[name])
+        return annealed_hidden(hidden, fitted, layer.lora_annealed[name])
 
     def _block(self, block: LinearBlock, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Eq. 3: `result` plus the sum of the s_k B_k A_k D(x)."""

@@ -33,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "tree_leaves"]
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # those that PEFT adapts
+
 
 def in_out_features(layer: nn.Module) -> tuple[int | None, int | None]:
     """The sizes of a layer as PEFT sees them; (None, None) for a type that it does not know.
@@ -151,8 +153,21 @@ def is_bare_linear(module: nn.Module) -> bool:
 
     ZeRO-3, offloading and FSDP1 load what is to be multiplied in such hooks. torch 2.6 to 2.13.
     """
+    return type(module) is nn.Linear and is_bare(module)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of a linear layer or a convolution does what its class says, to the weight that it holds."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) is nn.Linear and not hooked
+    return type(module) in (nn.Linear, *CONVOLUTIONS) and not hooked
+
+
+def convolve(convolution: Convolution, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """What the convolution would compute with another kernel and without bias; padded as its padding mode says.
+
+    torch 2.6 to 2.13; a function for all padding modes would end the need.
+    """
+    return convolution._conv_forward(x, kernel, None)
 
 
 def is_transformed() -> bool:

@@ -14,7 +14,6 @@ from peft import (
     FourierFTConfig,
     IA3Config,
     LoHaConfig,
-    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PromptTuningConfig,
@@ -43,8 +42,6 @@ def refused(base: nn.Module, config: PeftConfig, match: str, **arguments: object
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changed the base weights"),
         ({"init_lora_weights": "mica"}, "variant MiCALinearVariant"),
         ({"modules_to_save": ["head"]}, r"trains the module 'head' itself \(ModulesToSaveWrapper\)"),
-        ({"target_modules": ["up", "embed"]}, "layer 'embed': its base layer is Embedding, and only linear"),
-        ({"target_modules": ["up", "conv"]}, "layer 'conv': its base layer is Conv1d, and only linear"),
         ({"target_modules": [], "target_parameters": ["head.weight"]}, "target_parameters changes more"),
         ({"bias": "all", "use_dora": True}, "bias='all' trains biases.*; use_dora"),
     ],
@@ -55,13 +52,6 @@ def test_what_a_lora_cannot_hold_is_refused(fields: dict, match: str) -> None:
 
 def test_new_tokens_are_refused() -> None:
     refused(llama(), LoraConfig(trainable_token_indices=[3], **CAUSAL), "trainable_token_indices changes more")
-
-
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
-@pytest.mark.parametrize("effective", [True, False])
-def test_convolutions_are_refused_for_every_method(config_class: type, effective: bool) -> None:
-    config = config_class(r=2, target_modules=["conv"], use_effective_conv2d=effective)
-    refused(net(), config, "layer 'conv': its base layer is Conv1d")
 
 
 def test_other_methods_are_refused() -> None:

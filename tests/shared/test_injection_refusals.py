@@ -145,7 +145,7 @@ def test_an_adapter_of_another_base_leaves_the_model_as_it_was(tuner, tmp_path):
     """Its config names a layer that here is no linear one."""
     other = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
     get_peft_model(other, config_of(tuner, r=2, target_modules=["first", "second"])).save_pretrained(tmp_path)
-    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Embedding(4, 4)})
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Embedding(4, 4, max_norm=1.0)})
     refuse(model, r"cannot adapt second \(Embedding\)", lambda: PeftModel.from_pretrained(model, tmp_path))
 
 

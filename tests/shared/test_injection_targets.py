@@ -336,7 +336,7 @@ def test_default_targets_that_are_an_expression(tuner):
         table = describe_chains(model, config_of(tuner))
         assert sum(len(chain) for chain in table.chains) == 6
         assert "6 layers in 2 chains" in str(table)
-    model.language_model["layers"][1]["v_proj"] = nn.Embedding(8, 4)
+    model.language_model["layers"][1]["v_proj"] = nn.Embedding(8, 4, max_norm=1.0)
     with pytest.warns(UserWarning, match=r"leaves out language_model\.layers\.1\.v_proj \(Embedding\)"):
         adapted = get_peft_model(model, config_of(tuner, r=2))
     names = [f"language_model.layers.{i}.{role}" for i in range(3) for role in ("q_proj", "v_proj")]

@@ -32,6 +32,7 @@ class LinearBlock:
 
     names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
     adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
+    is_linear: ClassVar[bool] = True  # whether A and B are multiplied by features, the last dimension of x
     __slots__ = ("adapter_name", "layer")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
@@ -42,6 +43,11 @@ class LinearBlock:
     def modules(self) -> tuple[nn.Linear, nn.Linear]:
         """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
         return self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base weight is `(in, out)`."""
+        return self.layer.fan_in_fan_out
 
     @property
     def dropout(self) -> nn.Module:
@@ -58,8 +64,19 @@ class LinearBlock:
         A, B = self.modules
         return A.weight, B.weight
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Those of the two factors that `fold` gives, as the modules say them."""
+        A, B = self.modules
+        return (A.out_features, A.in_features), (B.out_features, B.in_features)
+
+    @property
+    def estimate_shape(self) -> tuple[int, int]:
+        """That of the matrix C_n, which is as A is in a merge."""
+        return self.shapes[0]
+
     def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
-        """The two factors of the update, of A and B as the modules hold them: these."""
+        """The two factors of the update, matrices, of A and B as the modules hold them: these."""
         return A, B
 
     def in_use(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
@@ -105,6 +122,14 @@ class LinearBlock:
         A, _ = self.modules
         return A(dropped)
 
+    def apply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """What `matrix` makes of x in A's place, `(..., r)`."""
+        return F.linear(x, matrix.to(x.dtype))
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """x as rows `(..., columns of A)` for which A x is a product of matrices: itself."""
+        return x
+
     def project_sum(self, x: torch.Tensor, previous: torch.Tensor, sums: SharedSum | None) -> torch.Tensor:
         """A D(x + previous), `(..., r)`: Eq. 2.
 
@@ -147,7 +172,7 @@ class LinearBlock:
 
     def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
         """`weight`, in its own orientation, plus the merged update B A, rounded once."""
-        left, right = (A.t(), B.t()) if self.layer.fan_in_fan_out else (B, A)
+        left, right = (A.t(), B.t()) if self.transposed else (B, A)
         if weight.dtype != left.dtype or weight.device != left.device:
             weight = weight if in_place else weight.clone()
             return weight.add_((left @ right).to(weight.device))

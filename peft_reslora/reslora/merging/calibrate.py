@@ -207,6 +207,12 @@ def _refuse_what_needs_no_calibration(chains: Sequence[Chain], adapter_name: str
         raise ValueError(
             f"Adapter {adapter_name!r} has shortcut='block', which merges exactly: there is nothing to calibrate."
         )
+    named = [pair for chain in chains if len(chain) > 1 for pair in zip(chain.names, chain.layers, strict=True)]
+    if grouped := [name for name, layer in named if getattr(layer.get_base_layer(), "groups", 1) > 1]:
+        raise ValueError(
+            f"Layer {grouped[0]!r} is a convolution in groups, whose kernel cannot hold a regression on all channels. "
+            "Use merge_estimator='input_norm' or 'weight_norm', or leave such layers out with exclude_modules."
+        )
     if any(adapter_name in layer.lora_annealed for chain in chains for layer in chain.layers):
         raise ValueError(
             f"Adapter {adapter_name!r} has been annealed: an estimate is part of its forward pass already, and "
@@ -219,7 +225,7 @@ def _groups(layers: Sequence[tuple[Chain, int]], max_memory: float) -> list[list
     groups: list[list[tuple[Chain, int]]] = []
     used = math.inf
     for chain, n in layers:
-        needed = 32 * chain.layers[n].in_features ** 2  # two matrices of float64, and as many tokens waiting
+        needed = 32 * chain.block(n).estimate_shape[1] ** 2  # two matrices of float64, and as many tokens waiting
         if used + needed > max_memory:
             groups.append([])
             used = 0

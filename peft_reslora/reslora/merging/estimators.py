@@ -18,8 +18,18 @@ from typing import NamedTuple
 import torch
 
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
+from peft_reslora.reslora.blocks.convolution import are_kernels, factors_of_kernels
+from peft_reslora.reslora.blocks.embedding import EmbeddingBlock
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
-from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, reach
+from peft_reslora.reslora.chain_table import (
+    EMBEDDING,
+    ChainTable,
+    Target,
+    chain_settings,
+    find_chains,
+    kernel_kind,
+    reach,
+)
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns
@@ -51,6 +61,8 @@ class Block:
         sketch: `factor_sketch` of the factors for which C_n was fitted; None if there are none, or C_n is part of the
             forward pass.
         annealed: the share t with which C_n has taken the shortcut's place in the forward pass.
+        size: of the kernel, if the layer is a convolution.
+        kind: that of the layer's `Target`.
     """
 
     name: str
@@ -62,6 +74,8 @@ class Block:
     shortcut: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
     annealed: float = 0.0
+    size: tuple[int, ...] = ()
+    kind: str = ""
 
     def factors(self, like: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A and s B in float32 (or as wide as they are), on the device of `like`."""
@@ -296,13 +310,17 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        for part in (*FACTOR_KEYS, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
+        for part in (*FACTOR_KEYS, *EmbeddingBlock.names, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
-        A, B = (found.get(key) for key in FACTOR_KEYS)
+        is_embedding = EmbeddingBlock.names[0] in found
+        A, B = (found.get(key) for key in (EmbeddingBlock.names if is_embedding else FACTOR_KEYS))
+        size = () if A is None else tuple(A.shape[2:])
+        if A is not None and B is not None and are_kernels(A, B):
+            A, B = factors_of_kernels(A, B)
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
             raise ValueError(
@@ -314,7 +332,8 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
         scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
         t = 0.0 if annealed is None else float(annealed)
-        blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t)
+        kind = EMBEDDING if is_embedding else kernel_kind(size)
+        blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t, size, kind)
     return blocks
 
 
@@ -353,5 +372,8 @@ def _check_shortcut_parts(name: str, A: torch.Tensor, found: Mapping[str, torch.
 
 def chains_of_blocks(config: ResLoRAConfig, blocks: Mapping[str, Block]) -> ChainTable:
     """The chains that the layers of a saved adapter form."""
-    targets = [Target(name, b.A.shape[1], b.B.shape[0], b.A.shape[0]) for name, b in blocks.items()]
+    targets = [
+        Target(name, b.A.shape[1] // math.prod(b.size), b.B.shape[0], b.A.shape[0], b.kind)
+        for name, b in blocks.items()
+    ]
     return find_chains(targets, *chain_settings(config), cuts_of(config, targets))

@@ -89,6 +89,7 @@ class _Observer:
             return
         x = args[0] if args else kwargs["x"]
         by_input = chain.config.shortcut == "input"
+        x = chain.block(n).patches(x)
         own = x if by_input else x.to(A.dtype) @ A.t()
         if seen:
             earlier = [self.handed[id(chain), n - k] for k in range(1, reach(n, chain.config.pre_num) + 1)]

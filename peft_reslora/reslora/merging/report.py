@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_reslora.reslora.config import MergeEstimator
-from peft_reslora.reslora.layer import Linear, ResLoRALayer
+from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain, planned
 from peft_reslora.reslora.merging.calibrate import ready_chains
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, exactness
@@ -166,7 +166,7 @@ def merge_report(
 def _restores_weight(layer: ResLoRALayer) -> bool:
     """Whether merging and unmerging leaves the base weight as it was, bit for bit."""
     weight = own_parameter(layer.get_base_layer(), "weight")
-    return type(layer) is Linear and weight is not None and weight.is_floating_point() and not weight.is_meta
+    return layer.is_plain and weight is not None and weight.is_floating_point() and not weight.is_meta
 
 
 Estimates = dict[str, torch.Tensor]  # E_n (r, in_features) by layer; none for the first of a chain, which is exact
