@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_reslora.export.factors import Factors
 from peft_reslora.export.fitting import Fit, FittedUpdate, relative_error
+from peft_reslora.export.forms import LINEAR, Form
 from peft_reslora.reslora.merging.plan import ChainMerge
 
 
@@ -21,19 +22,20 @@ class ChainFit:
         self._rank = fit.nested_rank if getattr(config, "nested_ranks", False) else None
         self._parts: dict[int, tuple[ChainMerge, ChainMerge]] = {}  # by the id of the first
 
-    def update(self, whole: Factors, merge: ChainMerge, position: int) -> FittedUpdate:
+    def update(self, whole: Factors, merge: ChainMerge, position: int, form: Form = LINEAR) -> FittedUpdate:
         """One layer's.
 
         Args:
             whole: the factors of its update.
             merge: how its chain merges, and `position` the layer's place in it.
+            form: in which the file holds the factors.
 
         Raises:
             ValueError: as `Fit.update`.
         """
         exactness = merge.exactness[position]
         if self._rank is None:
-            return self._fit.update(whole, exactness)
+            return self._fit.update(whole, exactness, form)
         fit = dataclasses.replace(self._fit, rank=None)
         if id(merge) not in self._parts:
             self._parts[id(merge)] = merge, merge.truncated(self._rank)

@@ -48,7 +48,7 @@ class _Whole(Fit):
     """Leaves an update as it is, of whatever rank: it is one of several, and their sum is what goes into a file."""
 
     def update(self, factors: Factors, merge: Exactness = AS_TRAINED, form: Form = LINEAR) -> FittedUpdate:
-        return FittedUpdate(Factors(factors.A.cpu(), factors.B.cpu()), factors.rank, 1.0, 0.0, merge, form)
+        return FittedUpdate(Factors(factors.A.cpu(), factors.B.cpu()), factors.rank, 1.0, 0.0, merge, form=form)
 
     @property
     def nested_rank(self) -> int | None:

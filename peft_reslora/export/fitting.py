@@ -106,7 +106,7 @@ class Fit:
                 cast, f"its factors do not fit into {self.dtype}; choose torch.float32 or torch.bfloat16"
             )
             error = relative_error(factors, cast)
-        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge, form)
+        return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge, form=form)
 
     def dora_update(self, factors: Factors, magnitude: Tensor, merge: Exactness = AS_TRAINED) -> FittedUpdate:
         """As `update`, with the trained norms `(out_features,)` of the rows of the merged weight.

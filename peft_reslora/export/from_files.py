@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,8 +83,7 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     update_of, updates = _updates_in_files(adapter, fit), {}
     for name in adapter.tensors:
         with in_layer(adapter.name, name):
-            form = _form_in_files(adapter, name)
-            updates[name] = dataclasses.replace(update_of(name), form=form)
+            updates[name] = update_of(name)
     return updates
 
 
@@ -127,7 +125,7 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
             factors = Factors.of(*merge.factors(position))
             if config.use_dora:
                 return fit.dora_update(factors, _norms(tensors[name], MAGNITUDE, factors), merge.exactness[position])
-            return chain_fit.update(factors, merge, position)
+            return chain_fit.update(factors, merge, position, _form_in_files(adapter, name))
 
         return merged
     if isinstance(config, MoRAConfig):
@@ -142,7 +140,12 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
             return fit.dora_update(factors, _norms({} if norms is None else {DORA_PART: norms}, DORA_PART, factors))
 
         return dora
-    return lambda name: fit.update(_lora(config, name, tensors[name], _form_in_files(adapter, name)))
+
+    def lora(name: str) -> FittedUpdate:
+        form = _form_in_files(adapter, name)
+        return fit.update(_lora(config, name, tensors[name], form), form=form)
+
+    return lora
 
 
 def _norms(parts: Mapping[str, Tensor], part: str, factors: Factors) -> Tensor:

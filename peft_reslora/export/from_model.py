@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -206,9 +205,7 @@ def updates_in_model(
                     )
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
-                        form = form_of(layer.get_base_layer())
-                        update = _update(layer, adapter_name, config, fit, chain_fit)
-                        updates[name] = dataclasses.replace(update, form=form)
+                        updates[name] = _update(layer, adapter_name, config, fit, chain_fit)
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
@@ -223,7 +220,10 @@ def _update(
         merge = AS_TRAINED if place is None else place[0].merge().exactness[place[1]]
         return fit.dora_update(*dora_factors(layer, adapter_name), merge)
     factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-    return fit.update(factors) if place is None else chain_fit.update(factors, place[0].merge(), place[1])
+    form = form_of(layer.get_base_layer())
+    if place is None:
+        return fit.update(factors, form=form)
+    return chain_fit.update(factors, place[0].merge(), place[1], form)
 
 
 def _norms_of(name: str, modules: Mapping[str, nn.Module], adapter_name: str) -> torch.Tensor:
