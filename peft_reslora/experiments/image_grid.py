@@ -1,4 +1,4 @@
-"""What a method draws as it learns: a row of images at the start, after each third of the steps, and at the end."""
+"""What a method draws as it learns: a row of images at the start, and after each quarter of the steps."""
 
 from __future__ import annotations
 
