@@ -14,6 +14,8 @@ from peft.tuners.lora.layer import LoraVariant
 from peft_reslora.reslora.blocks.linear import LinearBlock
 from peft_reslora.reslora.factor_sharing import Way, add_by_calls, summed_update, terms, way_to_factors
 from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.products import HALVES
+from peft_reslora.reslora.relay import is_ahead
 from peft_reslora.reslora.shortcuts import annealed_hidden, middle_hidden
 
 
@@ -31,6 +33,8 @@ class ResLoRAVariant(LoraVariant):
         block = self.chain.kind(module, active_adapter)
         self._refuse_offloaded_training(block, x)
         module.note_call(active_adapter)
+        annealed = active_adapter in module.lora_annealed
+        x, result = _in_precision(block, x, result, annealed)
         match self.chain.config.shortcut:
             case "input":
                 hidden = self._input(block, x)
@@ -38,17 +42,43 @@ class ResLoRAVariant(LoraVariant):
                 hidden = self._middle(block, x)
             case _:
                 return self._block(block, x, result)
-        if active_adapter in module.lora_annealed:
+        if annealed:
             hidden = self._annealed(block, x, hidden)
         return block.expand(hidden, result)
 
     def _input(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
-        """Eq. 2: A_n D(x_n + x_{n-1}), where x_{-1} := x_0."""
-        handed = self.chain.relay.pass_on(self.position, x)
+        """Eq. 2: A_n D(x_n + x_{n-1}), where x_{-1} := x_0.
+
+        Where nothing stands between the two layers, A_n x_{n-1} is handed on in place of x_{n-1}: it is computed with
+        A_{n-1} x_{n-1}, and is as small, which counts where it is kept until a checkpointed block is recomputed.
+        """
+        next_a = self._next_factor(block, x)
+        if next_a is None:
+            handed = self.chain.relay.pass_on(self.position, x)
+            x, hidden = handed.own, None
+        else:
+            hidden, ahead = block.project_also(x, next_a)
+            handed = self.chain.relay.pass_on(self.position, ahead.unsqueeze(-1), carrier=x)
         if not handed.recomputed:
             block.layer.record_norm(block.adapter_name, x)
-        previous = handed.earlier[0].to(x.device) if handed.earlier else handed.own
-        return block.project_sum(handed.own, previous, handed.sums)
+        previous = handed.earlier[0].to(x.device) if handed.earlier else x
+        if is_ahead(previous, x):
+            return (block.project(x) if hidden is None else hidden) + previous.squeeze(-1)
+        if previous is x and hidden is not None:
+            return hidden + hidden
+        return block.project_sum(x, previous, handed.sums)
+
+    def _next_factor(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor | None:
+        """A of the next layer, if this one may multiply by it in that one's place."""
+        chain, following = self.chain, self.position + 1
+        if following == len(chain) or not block.is_fused or not chain.has(following):
+            return None
+        block = chain.block(following)
+        if not block.is_fused or block.adapter_name in block.layer.lora_annealed:
+            return None
+        A = block.weights[0]
+        fits = A.device == x.device and A.shape[1] == x.shape[-1]
+        return A if fits and chain.relay.may_hand_ahead(self.position) else None
 
     def _middle(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 4: A_n D(x_n) plus the A_{n-k} D(x_{n-k})."""
@@ -68,6 +98,7 @@ class ResLoRAVariant(LoraVariant):
         """Eq. 3: `result` plus the sum of the s_k B_k A_k D(x)."""
         match way_to_factors(self.chain, self.position, x):
             case Way.CALLED:
+                x = block.layer.cast_to_adapter(x, block.weights[0].dtype)
                 return add_by_calls(self.chain, self.position, block.dropout(x), result)
             case Way.SUMMED:
                 return result + F.linear(block.dropout(x), summed_update(self.chain, self.position, x.device))
@@ -95,3 +126,19 @@ class ResLoRAVariant(LoraVariant):
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+
+def _in_precision(
+    block: LinearBlock, x: torch.Tensor, result: torch.Tensor, annealed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input and the base layer's output, in the precisions in which the block computes with them.
+
+    An input in half precision stays as it is (`products.py`), or is cast to that of the factors, as in PEFT. Of several
+    adapters PEFT casts it for all, and what they add up is rounded once.
+    """
+    dtype = block.weights[0].dtype
+    if x.dtype != dtype and (annealed or not (block.is_fused and block.adds_up)):
+        x = block.layer.cast_to_adapter(x, dtype)
+    elif x.dtype == dtype and result.dtype in HALVES and not torch.is_autocast_enabled(x.device.type):
+        result = result.to(torch.promote_types(dtype, result.dtype))
+    return x, result
