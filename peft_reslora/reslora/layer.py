@@ -236,7 +236,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         with unseen_by_modes():
             window = self.lora_norm[adapter_name]
             norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            window.copy_(torch.cat((window[1:], (norm / math.sqrt(x.numel())).reshape(1).float())))
+            mean = norm.float().mul_(1 / math.sqrt(x.numel())).view(1)
+            window.copy_(torch.cat((window[1:], mean)))
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
 from peft_reslora.reslora.chain_table import reach
@@ -55,6 +56,7 @@ class Chain:
         self.kind = block_kind(config)
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
+        self.seen_sharded = False  # at any time
         self.merges_checked = False  # by whoever merges all layers
         self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
         self.planned: ChainMerge | None = None
@@ -102,6 +104,22 @@ class Chain:
     def block(self, position: int) -> LinearBlock:
         """The adapter on the layer at `position`."""
         return self.kind(self.layer(position), self.adapter_name)
+
+    def fused_factors(self, positions: Iterable[int]) -> dict[int, torch.Tensor]:
+        """The A of the layers whose inputs others may multiply by it, by position.
+
+        Of none, where any has ever been seen sharded: such engines keep factors whole at times, but in the backward
+        pass they wait for the gradient from the layer's own forward only.
+        """
+        name = self.adapter_name
+        blocks = {k: self.block(k) for k in positions if self.has(k)}
+        factors = {k: block.weights[0] for k, block in blocks.items()}
+        self.seen_sharded |= any(isinstance(A, DTensor) or A.dim() != 2 for A in factors.values())
+        if self.seen_sharded:
+            return {}
+        return {
+            k: A for k, A in factors.items() if blocks[k].is_fused and name not in blocks[k].layer.lora_annealed
+        }
 
     def has(self, position: int) -> bool:
         """Whether the layer at `position` is in the model."""

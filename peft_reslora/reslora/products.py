@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -32,7 +33,8 @@ def project(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Ten
     dtype = working_dtype(x, factors[0])
     if torch.is_grad_enabled():
         return Projected.apply(x, dtype, *factors)
-    return _project(x, dtype, factors)
+    x = x.to(dtype)
+    return tuple(F.linear(x, A.to(dtype)) for A in factors)
 
 
 def expand(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -66,7 +68,7 @@ class Projected(torch.autograd.Function):
             grad_x = (grad.t() @ _side_by_side(factors).to(grad.dtype)).to(x.dtype).view(x.shape)
         if any(needs_factors):
             whole = grad @ rows_of(x).to(grad.dtype)
-            parts = whole.split([len(A) for A in factors])
+            parts = whole.split([A.shape[0] for A in factors]) if len(factors) > 1 else (whole,)
             grad_factors = [part.to(A.dtype) for part, A in zip(parts, factors, strict=True)]
         return grad_x, None, *grad_factors
 
@@ -101,9 +103,9 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def _project(x: torch.Tensor, dtype: torch.dtype, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    hidden = _side_by_side(factors).to(dtype) @ rows_of(x).to(dtype).t()
-    parts = hidden.split([len(A) for A in factors]) if len(factors) > 1 else (hidden,)
-    return tuple(part.t().view(*x.shape[:-1], len(part)) for part in parts)
+    hidden = _side_by_side(factors).to(dtype) @ rows_of(x).to(dtype).t()  # (sum of r, rows)
+    parts = hidden.split([A.shape[0] for A in factors]) if len(factors) > 1 else (hidden,)
+    return tuple(part.t().view(*x.shape[:-1], part.shape[0]) for part in parts)
 
 
 def _expand(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:

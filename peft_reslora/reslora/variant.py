@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft_reslora.reslora.blocks.linear import LinearBlock
 from peft_reslora.reslora.factor_sharing import Way, add_by_calls, summed_update, terms, way_to_factors
 from peft_reslora.reslora.linked_chain import Chain
-from peft_reslora.reslora.products import HALVES
+from peft_reslora.reslora.products import HALVES, project
 from peft_reslora.reslora.relay import is_ahead
 from peft_reslora.reslora.shortcuts import annealed_hidden, middle_hidden
 
@@ -52,12 +52,12 @@ class ResLoRAVariant(LoraVariant):
         Where nothing stands between the two layers, A_n x_{n-1} is handed on in place of x_{n-1}: it is computed with
         A_{n-1} x_{n-1}, and is as small, which counts where it is kept until a checkpointed block is recomputed.
         """
-        next_a = self._next_factor(block, x)
-        if next_a is None:
+        factors = self._own_and_next(x)
+        if factors is None:
             handed = self.chain.relay.pass_on(self.position, x)
             x, hidden = handed.own, None
         else:
-            hidden, ahead = block.project_also(x, next_a)
+            hidden, ahead = project(x, factors)
             handed = self.chain.relay.pass_on(self.position, ahead.unsqueeze(-1), carrier=x)
         if not handed.recomputed:
             block.layer.record_norm(block.adapter_name, x)
@@ -68,17 +68,18 @@ class ResLoRAVariant(LoraVariant):
             return hidden + hidden
         return block.project_sum(x, previous, handed.sums)
 
-    def _next_factor(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor | None:
-        """A of the next layer, if this one may multiply by it in that one's place."""
-        chain, following = self.chain, self.position + 1
-        if following == len(chain) or not block.is_fused or not chain.has(following):
+    def _own_and_next(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A of this layer and of the next, if this one may multiply by it in that one's place."""
+        chain, position = self.chain, self.position
+        if position + 1 == len(chain) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        block = chain.block(following)
-        if not block.is_fused or block.adapter_name in block.layer.lora_annealed:
+        factors = chain.relay.once(
+            lambda: chain.fused_factors(range(len(chain))), lambda: chain.fused_factors((position, position + 1))
+        )
+        own, following = factors.get(position), factors.get(position + 1)
+        if own is None or following is None or following.device != x.device or following.shape[1] != x.shape[-1]:
             return None
-        A = block.weights[0]
-        fits = A.device == x.device and A.shape[1] == x.shape[-1]
-        return A if fits and chain.relay.may_hand_ahead(self.position) else None
+        return (own, following) if chain.relay.may_hand_ahead(position) else None
 
     def _middle(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 4: A_n D(x_n) plus the A_{n-k} D(x_{n-k})."""

@@ -106,10 +106,6 @@ class LinearBlock:
             return project(x, [self.weights[0]])[0]
         return self.project_dropped(self.dropout(x))
 
-    def project_also(self, x: torch.Tensor, factor_a: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A x and what another layer's A makes of x, of a block that `is_fused`."""
-        return project(x, [self.weights[0], factor_a])
-
     def project_dropped(self, dropped: torch.Tensor) -> torch.Tensor:
         """A x, `(..., r)`, of an input that has been through the dropout."""
         A, _ = self.modules
@@ -126,6 +122,8 @@ class LinearBlock:
             return input_hidden(x, previous, self.dropout, A)
         dtype = working_dtype(x, A.weight)
         total = wide_sum(x, previous, dtype) if sums is None else sums(x, previous, dtype)
+        if not torch.is_grad_enabled():
+            return F.linear(total, A.weight)
         return ProjectedSum.apply(total, x, previous, A.weight, sums)
 
     def expand(self, hidden: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
