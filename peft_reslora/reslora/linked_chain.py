@@ -117,9 +117,7 @@ class Chain:
         self.seen_sharded |= any(isinstance(A, DTensor) or A.dim() != 2 for A in factors.values())
         if self.seen_sharded:
             return {}
-        return {
-            k: A for k, A in factors.items() if blocks[k].is_fused and name not in blocks[k].layer.lora_annealed
-        }
+        return {k: A for k, A in factors.items() if blocks[k].is_fused and name not in blocks[k].layer.lora_annealed}
 
     def has(self, position: int) -> bool:
         """Whether the layer at `position` is in the model."""

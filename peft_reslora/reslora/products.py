@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 HALVES = (torch.bfloat16, torch.float16)
+_LARGE = 2**16  # elements, whose products take about as long as the Python of a Function
 
 
 def working_dtype(x: torch.Tensor, factor: torch.Tensor) -> torch.dtype:
@@ -31,7 +32,7 @@ def working_dtype(x: torch.Tensor, factor: torch.Tensor) -> torch.dtype:
 def project(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """A x, `(..., r)`, for each of the factors A `(r, in_features)`; x, `(..., in_features)`, is read once."""
     dtype = working_dtype(x, factors[0])
-    if torch.is_grad_enabled():
+    if _is_worth_it(x):
         return Projected.apply(x, dtype, *factors)
     x = x.to(dtype)
     return tuple(F.linear(x, A.to(dtype)) for A in factors)
@@ -44,9 +45,14 @@ def expand(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, s
         hidden: `(..., r)`, in the dtype of `result` or a wider one.
         factor_b: B, `(out_features, r)`.
     """
-    if torch.is_grad_enabled():
+    if _is_worth_it(result):
         return Expanded.apply(result, hidden, factor_b, scaling)
     return _expand(result, hidden, factor_b, scaling)
+
+
+def _is_worth_it(x: torch.Tensor) -> bool:
+    """Whether a Function, whose backward is Python, takes less time than it saves: on large tensors, in training."""
+    return torch.is_grad_enabled() and x.numel() >= _LARGE
 
 
 class Projected(torch.autograd.Function):

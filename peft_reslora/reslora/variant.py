@@ -31,10 +31,13 @@ class ResLoRAVariant(LoraVariant):
     ) -> torch.Tensor:
         """The base layer's output `result` plus the update; `x` is `(..., in_features)`."""
         block = self.chain.kind(module, active_adapter)
-        self._refuse_offloaded_training(block, x)
+        weight = block.modules[0].weight
+        if weight.is_meta:
+            self._refuse_offloaded_training(weight, x)
         module.note_call(active_adapter)
         annealed = active_adapter in module.lora_annealed
-        x, result = _in_precision(block, x, result, annealed)
+        if x.dtype != weight.dtype or result.dtype != weight.dtype:
+            x, result = _in_precision(block, x, result, annealed)
         match self.chain.config.shortcut:
             case "input":
                 hidden = self._input(block, x)
@@ -106,9 +109,8 @@ class ResLoRAVariant(LoraVariant):
             case way:
                 return block.expand_terms(x, terms(self.chain, self.position, way, x.device), result)
 
-    def _refuse_offloaded_training(self, block: LinearBlock, x: torch.Tensor) -> None:
-        weight = block.weights[0]
-        if weight.is_meta and weight.requires_grad and torch.is_grad_enabled() and not x.is_meta:
+    def _refuse_offloaded_training(self, weight: torch.Tensor, x: torch.Tensor) -> None:
+        if weight.requires_grad and torch.is_grad_enabled() and not x.is_meta:
             raise RuntimeError(
                 f"The LoRA factors of layer {self.chain.names[self.position]!r} are offloaded while gradients are "
                 "enabled; accelerate loads copies of them, whose gradients are lost. Keep the blocks that are trained "
@@ -134,8 +136,8 @@ def _in_precision(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The input and the base layer's output, in the precisions in which the block computes with them.
 
-    An input in half precision stays as it is (`products.py`), or is cast to that of the factors, as in PEFT. Of several
-    adapters PEFT casts it for all, and what they add up is rounded once.
+    An input in half precision stays as it is (`products.py`), or is cast to that of the factors, as in PEFT. Where
+    there are several adapters PEFT casts it for all, and what they add up to is rounded once.
     """
     dtype = block.weights[0].dtype
     if x.dtype != dtype and (annealed or not (block.is_fused and block.adds_up)):

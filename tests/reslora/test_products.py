@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import VARIANTS, adapted, base_and_adapted, tuner_layers
-from helpers.gradients import assert_gradients_close, gradients
+from helpers.gradients import gradients
 from helpers.oracle import factors_of, randomize_adapters, relative_error, run_oracle
 from helpers.tiny_models import TINY_MODELS, output_of
 from helpers.tolerances import half_rounding, rounding
@@ -17,10 +17,18 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from peft_reslora import ResLoRAConfig
+from peft_reslora.reslora import products
 from peft_reslora.reslora.products import expand, project
 
 HALF = torch.bfloat16
 AUTOCAST = [None, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["large", "small"])
+def large(request, monkeypatch) -> bool:
+    """Whether all tensors count as large, which are multiplied by Functions."""
+    monkeypatch.setattr(products, "_LARGE", 0 if request.param else 2**40)
+    return request.param
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -74,6 +82,7 @@ def errors_against_float64(model: Any, x: torch.Tensor, autocast: torch.dtype | 
     return errors
 
 
+@pytest.mark.quick(pre_num=[1])
 @pytest.mark.parametrize("autocast", AUTOCAST)
 @pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
 def test_half_precision_beside_float32_factors_is_as_exact_as_lora(shortcut, pre_num, autocast):
@@ -107,6 +116,7 @@ def test_without_autocast_products_are_in_float32(shortcut, pre_num):
     assert relative_error(B_grad, B.grad) < rounding(64 + 3 * 24)
 
 
+@pytest.mark.quick(stepping_aside=["1"])
 @pytest.mark.parametrize("dtype", [torch.float64, HALF])
 @pytest.mark.parametrize("stepping_aside", ["0", "1", "2"])
 @pytest.mark.parametrize(("shortcut", "pre_num"), [("input", 1), ("block", 1), ("middle", -1)])

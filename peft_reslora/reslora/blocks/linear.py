@@ -28,21 +28,18 @@ FACTOR_KEYS = tuple(f"{name}.weight" for name in FACTOR_NAMES)
 class LinearBlock:
     """One adapter's block on one of PEFT's LoRA layers over `nn.Linear`, a quantized linear layer or Conv1D.
 
-    A view, made for each use: it holds nothing but the layer.
+    A view, made for each use: it holds nothing but the layer, and `modules`: those of A and B, whose calls multiply by
+    them, wherever engines keep the numbers.
     """
 
     names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
     adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
-    __slots__ = ("adapter_name", "layer")
+    __slots__ = ("adapter_name", "layer", "modules")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer = layer
         self.adapter_name = adapter_name
-
-    @property
-    def modules(self) -> tuple[nn.Linear, nn.Linear]:
-        """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
-        return self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+        self.modules: tuple[nn.Linear, nn.Linear] = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
 
     @property
     def dropout(self) -> nn.Module:
@@ -141,10 +138,7 @@ class LinearBlock:
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""
         factors_a = [A for A, _, _ in terms]
-        if self.is_fused:
-            hidden = project(x, [torch.cat(factors_a)])[0]
-        else:
-            hidden = block_hidden(x, factors_a, self.dropout)
+        hidden = project(x, [torch.cat(factors_a)])[0] if self.is_fused else block_hidden(x, factors_a, self.dropout)
         common = terms[0][2] if len({s for _, _, s in terms}) == 1 else 1.0
         B = torch.cat([B if s == common else B * s for _, B, s in terms], dim=1)
         return add_update(result, hidden, B, common)
