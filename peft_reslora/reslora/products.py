@@ -23,10 +23,15 @@ _LARGE = 2**16  # elements, whose products take about as long as the Python of a
 
 def working_dtype(x: torch.Tensor, factor: torch.Tensor) -> torch.dtype:
     """In which x and a factor are multiplied: autocast's, where it is on, or the wider of theirs."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and factor.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocasts(x) and factor.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return torch.promote_types(x.dtype, factor.dtype)
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on where x is; some devices, such as meta, have none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def project(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -61,7 +66,6 @@ class Projected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *factors)
-        ctx.dtype = dtype
         return _project(x, dtype, factors)
 
     @staticmethod

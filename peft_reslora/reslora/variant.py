@@ -14,9 +14,10 @@ from peft.tuners.lora.layer import LoraVariant
 from peft_reslora.reslora.blocks.linear import LinearBlock
 from peft_reslora.reslora.factor_sharing import Way, add_by_calls, summed_update, terms, way_to_factors
 from peft_reslora.reslora.linked_chain import Chain
-from peft_reslora.reslora.products import HALVES, project
+from peft_reslora.reslora.products import HALVES, autocasts, project
 from peft_reslora.reslora.relay import is_ahead
 from peft_reslora.reslora.shortcuts import annealed_hidden, middle_hidden
+from peft_reslora.shared.host import is_transformed
 
 
 class ResLoRAVariant(LoraVariant):
@@ -55,12 +56,12 @@ class ResLoRAVariant(LoraVariant):
         Where nothing stands between the two layers, A_n x_{n-1} is handed on in place of x_{n-1}: it is computed with
         A_{n-1} x_{n-1}, and is as small, which counts where it is kept until a checkpointed block is recomputed.
         """
-        factors = self._own_and_next(x)
-        if factors is None:
+        following = self._next_factor(x)
+        if following is None:
             handed = self.chain.relay.pass_on(self.position, x)
             x, hidden = handed.own, None
         else:
-            hidden, ahead = project(x, factors)
+            hidden, ahead = project(x, [block.weights[0], following])
             handed = self.chain.relay.pass_on(self.position, ahead.unsqueeze(-1), carrier=x)
         if not handed.recomputed:
             block.layer.record_norm(block.adapter_name, x)
@@ -71,18 +72,20 @@ class ResLoRAVariant(LoraVariant):
             return hidden + hidden
         return block.project_sum(x, previous, handed.sums)
 
-    def _own_and_next(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A of this layer and of the next, if this one may multiply by it in that one's place."""
+    def _next_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        """A of the next layer, if this one may multiply by it in that one's place."""
         chain, position = self.chain, self.position
-        if position + 1 == len(chain) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if position + 1 == len(chain) or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or is_transformed():
             return None
         factors = chain.relay.once(
             lambda: chain.fused_factors(range(len(chain))), lambda: chain.fused_factors((position, position + 1))
         )
-        own, following = factors.get(position), factors.get(position + 1)
-        if own is None or following is None or following.device != x.device or following.shape[1] != x.shape[-1]:
+        A = factors.get(position + 1)
+        if A is None or position not in factors or A.device != x.device or A.shape[1] != x.shape[-1]:
             return None
-        return (own, following) if chain.relay.may_hand_ahead(position) else None
+        return A if chain.relay.may_hand_ahead(position) else None
 
     def _middle(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 4: A_n D(x_n) plus the A_{n-k} D(x_{n-k})."""
@@ -142,6 +145,6 @@ def _in_precision(
     dtype = block.weights[0].dtype
     if x.dtype != dtype and (annealed or not (block.is_fused and block.adds_up)):
         x = block.layer.cast_to_adapter(x, dtype)
-    elif x.dtype == dtype and result.dtype in HALVES and not torch.is_autocast_enabled(x.device.type):
+    elif x.dtype == dtype and result.dtype in HALVES and not autocasts(x):
         result = result.to(torch.promote_types(dtype, result.dtype))
     return x, result

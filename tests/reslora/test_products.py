@@ -172,6 +172,13 @@ def test_a_model_in_half_precision_is_as_exact_as_by_calls_of_the_modules(tuner)
     assert fused < 1.5 * by_calls
 
 
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_shapes_can_be_tried_on_the_meta_device(shortcut):
+    model = chain(ResLoRAConfig(r=4, shortcut=shortcut)).to("meta")
+    x = torch.empty(5, 24, dtype=HALF, device="meta")
+    assert model(x).shape == x.shape
+
+
 def test_a_chain_that_was_seen_sharded_is_not_read_ahead():
     _, model = base_and_adapted("llama", "input")
     layer = tuner_layers(model)["model.layers.1.self_attn.q_proj"]
