@@ -73,7 +73,8 @@ class Projected(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         needs_x, _, *needs_factors = ctx.needs_input_grad
         grad = _side_by_side([rows_of(part).t() for part in grads])
-        grad_x, grad_factors = None, [None for _ in factors]
+        grad_x: torch.Tensor | None = None
+        grad_factors: list[torch.Tensor | None] = [None] * len(factors)
         if needs_x:
             grad_x = (grad.t() @ _side_by_side(factors).to(grad.dtype)).to(x.dtype).view(x.shape)
         if any(needs_factors):

@@ -57,9 +57,10 @@ class ResLoRAVariant(LoraVariant):
         A_{n-1} x_{n-1}, and is as small, which counts where it is kept until a checkpointed block is recomputed.
         """
         following = self._next_factor(x)
+        hidden: torch.Tensor | None = None
         if following is None:
             handed = self.chain.relay.pass_on(self.position, x)
-            x, hidden = handed.own, None
+            x = handed.own
         else:
             hidden, ahead = project(x, [block.weights[0], following])
             handed = self.chain.relay.pass_on(self.position, ahead.unsqueeze(-1), carrier=x)
