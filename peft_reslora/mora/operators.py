@@ -42,9 +42,15 @@ def decoupling(x: torch.Tensor, M: torch.Tensor, out_features: int) -> torch.Ten
 
 
 def rotation(x: torch.Tensor, M: torch.Tensor, out_features: int) -> torch.Tensor:
-    """As decoupling, with group g rotated by g positions first, so that M can tell the groups apart (Eq. 9)."""
-    h = _split(x, M.shape[0], _groups_read(x.shape[-1], out_features, M.shape[0]))
-    cos, sin = rotation_table(M.shape[0], h.shape[-2], h.device, h.dtype)
+    """As decoupling, with group g rotated by g positions first, so that M can tell the groups apart (Eq. 9).
+
+    M R_g is computed in place of R_g h where x has more rows than M.
+    """
+    q = M.shape[0]
+    h = _split(x, q, _groups_read(x.shape[-1], out_features, q))
+    if not torch.compiler.is_compiling() and x.numel() > q * x.shape[-1]:
+        return _tile(_each_group(h, _turned(M, h.shape[-2])), out_features)
+    cos, sin = rotation_table(q, h.shape[-2], h.device, h.dtype)
     return _tile(F.linear(_rotate(h, cos, sin), M).flatten(-2), out_features)
 
 
@@ -65,13 +71,10 @@ def delta_weight(M: torch.Tensor, in_features: int, out_features: int, mora_type
         blocks = M.repeat(1, _ceil_div(in_features, q))
     else:
         groups = _groups_read(in_features, out_features, q)
-        turned = M.unsqueeze(1).expand(q, groups, q)
-        if mora_type == "rotation":
-            cos, sin = rotation_table(q, groups, M.device, M.dtype)
-            turned = _rotate(turned, cos, -sin)  # row m of M R_g is R_g^T m
+        turned = _turned(M, groups) if mora_type == "rotation" else M.expand(groups, q, q)
         g = torch.arange(groups, device=M.device)
         diagonal = M.new_zeros(groups, q, groups, q)
-        diagonal[g, :, g, :] = turned.transpose(0, 1)
+        diagonal[g, :, g, :] = turned
         blocks = diagonal.reshape(groups * q, groups * q)
     return _unwrap_columns(blocks, in_features)[_wrapped(out_features, blocks.shape[0], M.device)]
 
@@ -108,6 +111,18 @@ def _kept_rotation_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):  # or training after a first inference could not save them for backward
         return _build_rotation_table(q, groups, device, dtype)
+
+
+def _turned(M: torch.Tensor, groups: int) -> torch.Tensor:
+    """M R_g `(groups, q, q)` of each group g: row m of it is R_g^T m."""
+    cos, sin = rotation_table(M.shape[0], groups, M.device, M.dtype)
+    return _rotate(M, cos.unsqueeze(1), -sin.unsqueeze(1))
+
+
+def _each_group(h: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Group g of h `(..., groups, q)` times the matrix g of `(groups, q, q)`, side by side: `(..., groups * q)`."""
+    by_group = h.flatten(0, -3).transpose(0, 1) if h.dim() > 2 else h.unsqueeze(1)
+    return torch.bmm(by_group, matrices.transpose(1, 2)).transpose(0, 1).reshape(*h.shape[:-2], -1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

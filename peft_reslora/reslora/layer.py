@@ -26,6 +26,7 @@ from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.blocks.convolution import gather
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
+from peft_reslora.reslora.products import HALVES
 from peft_reslora.reslora.variant import ResLoRAVariant
 from peft_reslora.shared.base_weights import (
     computed_weight,
@@ -157,6 +158,22 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         for adapter in self.active_adapters if scale is None else ():
             self.set_scale(adapter, 1.0)
 
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """As in PEFT, unless the adapter itself sees to it (`products.py`)."""
+        return x if self._takes_halves(x, dtype) else super()._cast_input_dtype(x, dtype)
+
+    def cast_to_adapter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As PEFT casts an input to the dtype of an adapter."""
+        return super()._cast_input_dtype(x, dtype)
+
+    def _takes_halves(self, x: Any, dtype: torch.dtype) -> bool:
+        """Whether an input in half precision is left to the only adapter that runs."""
+        if x is None or x.dtype == dtype or dtype != torch.float32 or x.dtype not in HALVES:
+            return False
+        if torch.compiler.is_compiling() or len(self.active_adapters) != 1:
+            return False
+        return self.chain_of(self.active_adapters[0]) is not None
+
     def link(self, adapter_name: str, chain: Chain, position: int) -> None:
         """Give the adapter its place in a chain; called after every injection."""
         self.lora_variant[adapter_name] = ResLoRAVariant(chain, position)
@@ -231,7 +248,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         with unseen_by_modes():
             window = self.lora_norm[adapter_name]
             norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            window.copy_(torch.cat((window[1:], (norm / math.sqrt(x.numel())).reshape(1).float())))
+            mean = norm.float().mul_(1 / math.sqrt(x.numel())).view(1)
+            window.copy_(torch.cat((window[1:], mean)))
 
     def store_calibration(self, adapter_name: str, shortcut: torch.Tensor | None) -> None:
         """Keep C_n, if the layer has a shortcut, with a sketch of the factors that the calibration belongs to."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_reslora.reslora.blocks import LinearBlock, block_kind
 from peft_reslora.reslora.blocks.nested import Directions
@@ -58,6 +59,7 @@ class Chain:
         self.kind = block_kind(config, layers[0].get_base_layer())
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
+        self.seen_sharded = False  # at any time
         self.merges_checked = False  # by whoever merges all layers
         self.in_place: set[int] = set()  # ids of the layers whose weight may be written into, while it is merged
         self.planned: ChainMerge | None = None
@@ -106,6 +108,20 @@ class Chain:
     def block(self, position: int) -> LinearBlock:
         """The adapter on the layer at `position`."""
         return self.kind(self.layer(position), self.adapter_name)
+
+    def fused_factors(self, positions: Iterable[int]) -> dict[int, torch.Tensor]:
+        """The A of the layers whose inputs others may multiply by it, by position.
+
+        Of none, where any has ever been seen sharded: such engines keep factors whole at times, but in the backward
+        pass they wait for the gradient from the layer's own forward only.
+        """
+        name = self.adapter_name
+        blocks = {k: self.block(k) for k in positions if self.has(k)}
+        factors = {k: block.weights[0] for k, block in blocks.items()}
+        self.seen_sharded |= any(isinstance(A, DTensor) or A.dim() != 2 for A in factors.values())
+        if self.seen_sharded:
+            return {}
+        return {k: A for k, A in factors.items() if blocks[k].is_fused and name not in blocks[k].layer.lora_annealed}
 
     def has(self, position: int) -> bool:
         """Whether the layer at `position` is in the model."""

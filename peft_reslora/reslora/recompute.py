@@ -81,6 +81,7 @@ class Taken:
         ordinal: which of the chain's passes in this region it was, from 0.
         ledger: of the pass.
         values: nearest giver first; None for what was not handed, `INSIDE` for what a layer of the region gave.
+        ahead: whether it handed on a product with the next layer's factor.
         takers: how many later layers of the same region took from this one.
     """
 
@@ -88,6 +89,7 @@ class Taken:
     ordinal: int
     ledger: Ledger
     values: list[Kept | None]
+    ahead: bool = False
     takers: int = 0
 
 
@@ -114,13 +116,15 @@ class Region:
         self._kept: dict[int, tuple[weakref.ref[torch.Tensor], Kept]] = {}
         self._replay: tuple[Any, Replay] | None = None
 
-    def record(self, chain: int, position: int, ledger: Ledger, values: list[Kept | None]) -> Taken:
+    def record(
+        self, chain: int, position: int, ledger: Ledger, values: list[Kept | None], ahead: bool = False
+    ) -> Taken:
         """Note that the layer at `position` of `chain` has run, and what it took."""
         ledgers = self._ordinals.setdefault(chain, [])
         if not any(known is ledger for known in ledgers):
             ledgers.append(ledger)
         ordinal = next(i for i, known in enumerate(ledgers) if known is ledger)
-        taken = Taken(position, ordinal, ledger, values)
+        taken = Taken(position, ordinal, ledger, values, ahead)
         self.taken.setdefault(chain, []).append(taken)
         return taken
 
@@ -157,6 +161,11 @@ class Replay:
     def has(self, chain: int, position: int) -> bool:
         """Whether the layer at `position`, which runs next of its chain, took or gave anything the first time."""
         return self._at(chain, position) is not None
+
+    def hands_ahead(self, chain: int, position: int) -> bool:
+        """Whether the layer at `position`, which runs next of its chain, handed on a product with the next factor."""
+        taken = self._at(chain, position)
+        return taken is not None and taken.ahead
 
     def next(self, chain: int, position: int) -> Taken | None:
         """What the layer at `position` took the first time; None where another layer ran then, or none."""

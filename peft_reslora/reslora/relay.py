@@ -82,30 +82,44 @@ class Relay:
         nest = nest_in(self._scope())
         return nest.reentrant if nest.replay is None else nest.replay.has(self.key, position)
 
-    def pass_on(self, position: int, value: torch.Tensor) -> Handed:
+    def may_hand_ahead(self, position: int) -> bool:
+        """Whether the running layer may hand on what the next one's factor makes of its input (`is_ahead`).
+
+        Not in re-entrant checkpointing, where a factor would be given a part of its gradient by each region that
+        reads it. In a recomputation, whether it did so the first time.
+        """
+        nest = nest_in(self._scope())
+        return not nest.reentrant if nest.replay is None else nest.replay.hands_ahead(self.key, position)
+
+    def pass_on(self, position: int, value: torch.Tensor, carrier: torch.Tensor | None = None) -> Handed:
         """Take what earlier layers handed to the one at `position`, and hand `value` to the later ones.
+
+        Args:
+            carrier: the layer's own tensor that takes the place of what it is handed, if that is not `value`.
 
         Raises:
             RuntimeError: if an earlier layer has not run in this forward pass, if what it handed on has been changed
                 in place since, or if a region that is checkpointed re-entrantly takes from a layer outside of it.
             ValueError: if the tensors that are to be added have different shapes.
         """
+        carrier = value if carrier is None else carrier
         scope = self._scope()
         nest = NO_REGION if torch.compiler.is_compiling() else nest_in(scope)
         replay = nest.replay
         first = None if replay is None else self._first_time(replay, position)
         if replay is not None and first is not None:
             forward_pass = self._local_pass(replay, first)
-            earlier, kept = self._take_again(replay, first, forward_pass, position, value, nest)
+            earlier, kept = self._take_again(replay, first, forward_pass, position, carrier, nest)
         else:
             forward_pass = self._running_pass(scope, position)
-            earlier, kept = self._take_from(forward_pass, position, value, nest)
+            earlier, kept = self._take_from(forward_pass, position, carrier, nest)
         if self.accumulates:
             value, earlier = sum(earlier, value), []
         if replay is not None and first is not None and replay.reentrant and torch.is_grad_enabled():
             value = give(value, first.ledger, position, replay.task)
+        ahead = is_ahead(value, carrier)
         regions = {
-            region: region.record(self.key, position, forward_pass.ledger, kept.get(region, []))
+            region: region.record(self.key, position, forward_pass.ledger, kept.get(region, []), ahead)
             for region in nest.recording
         }
         if first is None:
@@ -280,10 +294,11 @@ class Relay:
                 f"between, so that the {self.shortcut!r} shortcut of adapter {self.adapter_name!r} would add another "
                 "tensor than that layer saw. Change a copy instead (x = x + y, not x += y), or use shortcut='block'."
             )
-        if not self.hands_factors and value.shape != carrier.shape:
+        shape = (*value.shape[:-2], carrier.shape[-1]) if is_ahead(value, carrier) else tuple(value.shape)
+        if not self.hands_factors and shape != carrier.shape:
             raise ValueError(
                 f"shortcut={self.shortcut!r} adds what layers {self.names[giver]!r} and {self.names[taker]!r} "
-                f"compute from their inputs, but the shapes are {tuple(value.shape)} and {tuple(carrier.shape)}. End "
+                f"compute from their inputs, but the shapes are {shape} and {tuple(carrier.shape)}. End "
                 "the chain between the two with chain_pattern or exclude_modules, or use shortcut='block', which "
                 "needs no equal inputs."
             )
@@ -318,6 +333,12 @@ class Relay:
             "query and key, for positions), leave it out with exclude_modules; if the model runs two inputs through "
             "its blocks by turns, let it run one after the other; or use shortcut='block', which needs no order."
         )
+
+
+def is_ahead(value: torch.Tensor, carrier: torch.Tensor) -> bool:
+    """Whether what is handed on for `carrier` `(..., in_features)` is a product with the taker's factor,
+    `(..., r, 1)`, which the giver has computed in its place."""
+    return value.dim() > carrier.dim()
 
 
 def _seen_from(region: Region, given: Given) -> Kept:

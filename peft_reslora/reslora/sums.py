@@ -19,18 +19,24 @@ class SharedSum:
     def __init__(self) -> None:
         self._last: tuple[Any, ...] | None = None
 
-    def __call__(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, previous: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if x.is_inference():  # such tensors do not count their changes
-            return x + previous
-        last, state = self._last, (version_of(x), version_of(previous), torch.is_grad_enabled())
+            return wide_sum(x, previous, dtype)
+        last, state = self._last, (version_of(x), version_of(previous), torch.is_grad_enabled(), dtype)
         if last is not None and last[0]() is x and last[1]() is previous and last[2] == state:
             return last[3]
-        total = x + previous
+        total = wide_sum(x, previous, dtype)
         self._last = (weakref.ref(x), weakref.ref(previous), state, total)
         return total
 
     def forget(self) -> None:
         self._last = None
+
+
+def wide_sum(x: torch.Tensor, previous: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x + previous in their own precision, or in that of `dtype` if it is wider."""
+    wide = torch.promote_types(x.dtype, dtype)
+    return x.to(wide) + previous.to(wide)
 
 
 def whole_update_is_cheaper(rows: int, rank: int, ranks: int, in_features: int, out_features: int) -> bool:

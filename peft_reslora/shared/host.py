@@ -230,6 +230,7 @@ OVERRIDDEN_HOOKS = frozenset(
     {
         "_add_modules_to_save_to_tie",
         "_apply",
+        "_cast_input_dtype",
         "_create_and_replace",
         "_enable_peft_forward_hooks",
         "_get_adapter_state_dict",

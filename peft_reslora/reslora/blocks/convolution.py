@@ -32,7 +32,7 @@ class ConvolutionBlock(LinearBlock):
 
     @property
     def groups(self) -> int:
-        return self.modules[1].groups  # type: ignore[return-value]
+        return self.modules[1].groups
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

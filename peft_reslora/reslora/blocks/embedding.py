@@ -23,9 +23,8 @@ class EmbeddingBlock(LinearBlock):
     is_linear: ClassVar[bool] = False
     __slots__ = ()
 
-    @property
-    def modules(self) -> tuple[Any, ...]:
-        return ()
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer, self.adapter_name, self.modules = layer, adapter_name, ()
 
     @property
     def transposed(self) -> bool:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_reslora.reslora.products import HALVES, expand, project, rows_of, working_dtype
 from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
-from peft_reslora.reslora.sums import SharedSum
+from peft_reslora.reslora.sums import SharedSum, wide_sum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
 from peft_reslora.shared.offloading import held_tensor
 from peft_reslora.shared.tensors import NOT_HERE, is_readable
@@ -27,22 +28,19 @@ FACTOR_KEYS = tuple(f"{name}.weight" for name in FACTOR_NAMES)
 class LinearBlock:
     """One adapter's block on one of PEFT's LoRA layers over `nn.Linear`, a quantized linear layer or Conv1D.
 
-    A view, made for each use: it holds nothing but the layer.
+    A view, made for each use: it holds nothing but the layer, and `modules`: those of A and B, whose calls multiply by
+    them, wherever engines keep the numbers.
     """
 
     names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
     adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
     is_linear: ClassVar[bool] = True  # whether A and B are multiplied by features, the last dimension of x
-    __slots__ = ("adapter_name", "layer")
+    __slots__ = ("adapter_name", "layer", "modules")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer = layer
         self.adapter_name = adapter_name
-
-    @property
-    def modules(self) -> tuple[nn.Linear, nn.Linear]:
-        """The modules of A and B, whose calls multiply by them, wherever engines keep the numbers."""
-        return self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+        self.modules: tuple[Any, ...] = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
 
     @property
     def transposed(self) -> bool:
@@ -113,8 +111,21 @@ class LinearBlock:
         A, B = self.modules
         A.out_features = B.in_features = rank
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layer may multiply by the weights of A and B itself, without a dropout: by `products`.
+
+        Not where hooks, engines, transforms or torch's compiler have to see the calls of the modules.
+        """
+        if torch.compiler.is_compiling() or is_transformed():
+            return False
+        A, B = self.modules
+        return is_plain(A) and is_plain(B) and is_inactive(self.dropout)
+
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """A D(x), `(..., r)`."""
+        if self.is_fused:
+            return project(x, [self.weights[0]])[0]
         return self.project_dropped(self.dropout(x))
 
     def project_dropped(self, dropped: torch.Tensor) -> torch.Tensor:
@@ -137,9 +148,12 @@ class LinearBlock:
             sums: what the layers of one forward share of such sums.
         """
         A, _ = self.modules
-        if torch.compiler.is_compiling() or is_transformed() or not (is_plain(A) and is_inactive(self.dropout)):
+        if not self.is_fused:
             return input_hidden(x, previous, self.dropout, A)
-        total = x + previous if sums is None else sums(x, previous)
+        dtype = working_dtype(x, A.weight)
+        total = wide_sum(x, previous, dtype) if sums is None else sums(x, previous, dtype)
+        if not torch.is_grad_enabled():
+            return F.linear(total, A.weight)
         return ProjectedSum.apply(total, x, previous, A.weight, sums)
 
     def expand(self, hidden: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -157,7 +171,8 @@ class LinearBlock:
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k D(x): Eq. 3, in one product by A's side by side and one by B's."""
-        hidden = block_hidden(x, [A for A, _, _ in terms], self.dropout)
+        factors_a = [A for A, _, _ in terms]
+        hidden = project(x, [torch.cat(factors_a)])[0] if self.is_fused else block_hidden(x, factors_a, self.dropout)
         common = terms[0][2] if len({s for _, _, s in terms}) == 1 else 1.0
         B = torch.cat([B if s == common else B * s for _, B, s in terms], dim=1)
         return add_update(result, hidden, B, common)
@@ -220,7 +235,7 @@ class ProjectedSum(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, previous, factor_a)
         ctx.first_in_chain = previous is x
-        ctx.sums = sums
+        ctx.sums, ctx.dtype = sums, total.dtype
         return F.linear(total, factor_a)
 
     @staticmethod
@@ -228,30 +243,26 @@ class ProjectedSum(torch.autograd.Function):
         x, previous, factor_a = ctx.saved_tensors
         grad_total = grad_a = None
         if ctx.needs_input_grad[0]:
-            grad_total = (grad @ factor_a.to(grad.dtype)).to(x.dtype)
+            grad_total = (grad @ factor_a.to(grad.dtype)).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
             # With a graph of the backward, the sum would hold what holds it.
             alone = ctx.sums is None or torch.is_grad_enabled()
-            total = (x + previous if alone else ctx.sums(x, previous)).to(grad.dtype)
-            grad_a = (_rows(grad).t() @ _rows(total)).to(factor_a.dtype)
+            total = wide_sum(x, previous, ctx.dtype) if alone else ctx.sums(x, previous, ctx.dtype)
+            grad_a = (rows_of(grad).t() @ rows_of(total).to(grad.dtype)).to(factor_a.dtype)
         if ctx.first_in_chain and ctx.sums is not None:
             ctx.sums.forget()
         return grad_total, None, None, grad_a, None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`(..., n)` as `(rows, n)`."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """result + scaling * hidden @ B.T, in one pass over the output where the dtypes allow it.
+    """result + scaling * hidden @ B.T, in one pass over the output and in its dtype where the dtypes allow it.
 
     Args:
         result: the base layer's output `(..., out_features)`.
         hidden: `(..., r)`.
         factor_b: B, `(out_features, r)`.
     """
-    if result.dtype != hidden.dtype:
+    fits = result.dtype == hidden.dtype or (result.dtype in HALVES and hidden.dtype == torch.float32)
+    if not fits or torch.compiler.is_compiling() or is_transformed():
         return result + F.linear(hidden, factor_b) * scaling
-    return torch.addmm(_rows(result), _rows(hidden), factor_b.t(), alpha=scaling).view(result.shape)
+    return expand(result, hidden, factor_b, scaling)
