@@ -32,12 +32,12 @@ class ResLoRAVariant(LoraVariant):
     ) -> torch.Tensor:
         """The base layer's output `result` plus the update; `x` is `(..., in_features)`."""
         block = self.chain.kind(module, active_adapter)
-        weight = block.modules[0].weight
+        weight = block.weights[0]
         if weight.is_meta:
             self._refuse_offloaded_training(weight, x)
         module.note_call(active_adapter)
         annealed = active_adapter in module.lora_annealed
-        if x.dtype != weight.dtype or result.dtype != weight.dtype:
+        if x.is_floating_point() and (x.dtype != weight.dtype or result.dtype != weight.dtype):
             x, result = _in_precision(block, x, result, annealed)
         match self.chain.config.shortcut:
             case "input":
