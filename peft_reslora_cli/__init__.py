@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 for wrong usage, and 1, after one line on stderr, for what is refused.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+    args = _parse(argv)
     _prepare_process()
     try:
         return args.run(args)
@@ -41,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"peft-reslora: error: {_one_line(error)}")
     except Exception as error:  # what a file or config from somebody else makes other libraries raise
         sys.exit(f"peft-reslora: error: {type(error).__name__}: {_one_line(error)}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; argparse takes what is repeated, KEY=VALUE, on one side of an option only."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

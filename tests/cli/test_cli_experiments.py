@@ -89,3 +89,19 @@ def test_configs_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str])
     assert main(["configs", "compare"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("compare/sst2") and "Sixteen tuners on SST-2" in line for line in lines)
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse alone would not recognize those after it."""
+    run = str(files / "run.yaml")
+    assert main(["train", run, "seed=3", "--dry-run", "training.max_steps=7", "tuner.r=3"]) == 0
+    assert "steps: 7 of 8 rows" in capsys.readouterr().out
+    for rest in (["--dry-runn", "seed=3"], ["seed=3", "--", "-x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", run, "--dry-run", *rest])
+
+
+def test_words_that_a_command_does_not_take_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["quickstart", "training.max_steps=7"])
+    assert "unrecognized arguments: training.max_steps=7" in capsys.readouterr().err
