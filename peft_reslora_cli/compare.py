@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from peft_reslora_cli.arguments import Commands
 from peft_reslora_cli.config_files import find_config
 from peft_reslora_cli.output import say
+
+_WIDTH = 120  # of the table in a file or a pipe, in characters
 
 
 def add_parser(commands: Commands) -> ArgumentParser:
@@ -39,7 +42,7 @@ def run(args: Namespace) -> int:
     settings = compare_settings(read_config(find_config(args.config), args.overrides))
     comparison = prepare(settings, args.shard, say)
     summaries = comparison.report() if args.report else comparison.run(args.shard)
-    Console().print(terminal_table(summaries, settings.title))
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(terminal_table(summaries, settings.title))
     say(f"everything is in {settings.output_dir}")
     return 0
 

@@ -35,7 +35,7 @@ from peft_reslora.experiments.run import (
     write_json,
     write_whole,
 )
-from peft_reslora.experiments.settings import as_config
+from peft_reslora.experiments.settings import DataSettings, as_config
 from peft_reslora.experiments.summary import MethodSummary, summarize
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
@@ -113,7 +113,8 @@ def _check_folder(folder: Path, settings: CompareSettings) -> None:
 
 
 def _subject(values: Mapping[str, Any]) -> list[Any]:
-    data = {name: value for name, value in values["data"].items() if name != "folder"}
+    """Title, task and data; what an older version did not know had its default."""
+    data = {**dataclasses.asdict(DataSettings()), **values["data"], "folder": None}
     return [values["title"], values["task"], data]
 
 

@@ -189,6 +189,10 @@ def test_a_folder_is_named_after_the_config_and_holds_one_comparison(films: Path
             prepared(films, tmp_path / "out", override)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     prepared(shutil.copytree(films, tmp_path / "elsewhere"), tmp_path / "out")  # the same data at another place
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text(encoding="utf-8"))
+    del written["data"]["images"]
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(written), encoding="utf-8")
+    prepared(films, tmp_path / "out")  # begun by a version that did not know one of the settings
 
 
 def started(films: Path, output: Path, **changes: Any) -> dict[str, Any]:
