@@ -122,7 +122,7 @@ def _last_metrics(task: Task, trained: Trained, metrics: Mapping[str, Any], log:
         "step": trained.steps,
         "test accuracy": None,
         **found,
-        "train loss": statistics.fmean(losses),
+        "train loss": statistics.fmean(losses) if losses else None,  # prefix tuning goes past the base's forward
         "train samples": log.rows,
         "train total tokens": log.tokens,
         "forgetting": metrics["forgetting"] - task.forgetting(task.base) if task.forgetting else None,

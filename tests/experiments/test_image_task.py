@@ -124,7 +124,7 @@ def test_a_data_set_gives_the_bytes_of_its_images() -> None:
         (["data.images.column=caption"], r"captions.csv, row \d+, column 'caption': no image"),
         (["data.images.sheet=nothing.png"], r"captions.csv, row \d+, column 'index': no image .*nothing.png"),
         (["data.images.size=16"], r"captions.csv, row \d+, column 'index': no image \(tile \d+ of a sheet with 8"),
-        (["data.validation_rows=16"], r"validation_rows=16 leaves none to train"),
+        (["data.validation_rows=16"], r"validation_rows=16 and test_rows=\d+ leave none of its 16 rows to train"),
     ],
 )
 def test_damaged_data_are_refused_before_anything_is_loaded(tiles: Path, overrides: list[str], said: str) -> None:
@@ -320,6 +320,7 @@ def prepared(tiles: Path, output: Path) -> comparison.Comparison:
     return comparison.prepare(settings, (1, 1), lambda line: None)
 
 
+@pytest.mark.slow
 def test_the_rate_with_the_lowest_loss_is_chosen(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lines as if everything had run: the loss rises with the distance from one rate."""
     made = {
@@ -403,7 +404,8 @@ def save_pipeline(folder: Path, kind: str = "StableDiffusionPipeline", predictio
     return folder
 
 
-@pytest.mark.parametrize("config", ["sd15-reslora", pytest.param("sd2-reslora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["sd15-reslora", "sd2-reslora"])
 def test_a_config_of_stable_diffusion_trains_a_saved_pipeline(config: str, tiles: Path, tmp_path: Path) -> None:
     """With everything as it is shipped but the sizes and the data, which are those of a test."""
     pipeline = save_pipeline(tmp_path / "sd", prediction="v_prediction" if config == "sd2-reslora" else "epsilon")
@@ -423,6 +425,7 @@ def test_a_config_of_stable_diffusion_trains_a_saved_pipeline(config: str, tiles
     assert saved["base_model_name_or_path"] == str(pipeline)
 
 
+@pytest.mark.slow
 def test_the_export_of_a_pipelines_adapter_loads_in_diffusers(tiles: Path, tmp_path: Path) -> None:
     pipeline = save_pipeline(tmp_path / "sd")
     settings = tiny_image_run(tiles, tmp_path / "run")

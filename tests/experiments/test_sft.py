@@ -100,6 +100,7 @@ def losses_of(settings: dict[str, Any], output: Path, *overrides: str) -> list[f
     return losses
 
 
+@pytest.mark.slow
 def test_trl_trains_as_the_trainer_does(settings: dict[str, Any], tmp_path: Path) -> None:
     """With two batches a step, of which each counts by its tokens."""
     twice = (

@@ -242,6 +242,7 @@ def test_fewer_rows_than_a_batch_are_refused(films: Path, tmp_path: Path) -> Non
         train(tiny_run(films, tmp_path / "run"), "data.train_rows=5")
 
 
+@pytest.mark.slow
 def test_an_annealed_run_merges_exactly_and_goes_on_after_a_kill(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
