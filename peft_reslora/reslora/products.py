@@ -50,9 +50,10 @@ def expand(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, s
         hidden: `(..., r)`, in the dtype of `result` or a wider one.
         factor_b: B, `(out_features, r)`.
     """
-    if _is_worth_it(result):
-        return Expanded.apply(result, hidden, factor_b, scaling)
-    return _expand(result, hidden, factor_b, scaling)
+    rows, left = rows_of(result), rows_of(hidden)
+    if _is_worth_it(result):  # seen in its shape out here: a view that a Function returns cannot be changed in place
+        return Expanded.apply(rows, left, factor_b, scaling).view(result.shape)
+    return _expand(rows, left, factor_b, scaling).view(result.shape)
 
 
 def _is_worth_it(x: torch.Tensor) -> bool:
@@ -85,7 +86,7 @@ class Projected(torch.autograd.Function):
 
 
 class Expanded(torch.autograd.Function):
-    """`expand`."""
+    """`expand`, of rows."""
 
     @staticmethod
     def forward(
@@ -98,13 +99,12 @@ class Expanded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, factor_b = ctx.saved_tensors
-        rows = rows_of(grad).to(hidden.dtype)
+        rows = grad.to(hidden.dtype)
         grad_hidden = grad_b = None
         if ctx.needs_input_grad[1]:
-            flat = (factor_b.to(hidden.dtype).t() @ rows.t()) * ctx.scaling
-            grad_hidden = flat.t().view(hidden.shape)
+            grad_hidden = ((factor_b.to(hidden.dtype).t() @ rows.t()) * ctx.scaling).t()
         if ctx.needs_input_grad[2]:
-            grad_b = ((rows_of(hidden).t() @ rows) * ctx.scaling).t().to(factor_b.dtype)
+            grad_b = ((hidden.t() @ rows) * ctx.scaling).t().to(factor_b.dtype)
         return grad, grad_hidden, grad_b, None
 
 
@@ -119,11 +119,11 @@ def _project(x: torch.Tensor, dtype: torch.dtype, factors: Sequence[torch.Tensor
     return tuple(part.t().view(*x.shape[:-1], part.shape[0]) for part in parts)
 
 
-def _expand(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
-    rows, left, right = rows_of(result), rows_of(hidden), factor_b.to(hidden.dtype).t()
-    if result.dtype == hidden.dtype:
-        return torch.addmm(rows, left, right, alpha=scaling).view(result.shape)
-    return rows.to(hidden.dtype).addmm_(left, right, alpha=scaling).to(result.dtype).view(result.shape)
+def _expand(rows: torch.Tensor, left: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    right = factor_b.to(left.dtype).t()
+    if rows.dtype == left.dtype:
+        return torch.addmm(rows, left, right, alpha=scaling)
+    return rows.to(left.dtype).addmm_(left, right, alpha=scaling).to(rows.dtype)
 
 
 def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -294,7 +294,8 @@ class Relay:
                 f"between, so that the {self.shortcut!r} shortcut of adapter {self.adapter_name!r} would add another "
                 "tensor than that layer saw. Change a copy instead (x = x + y, not x += y), or use shortcut='block'."
             )
-        shape = (*value.shape[:-2], carrier.shape[-1]) if is_ahead(value, carrier) else tuple(value.shape)
+        ahead = self.shortcut == "input" and is_ahead(value, carrier)
+        shape = (*value.shape[:-2], carrier.shape[-1]) if ahead else tuple(value.shape)
         if not self.hands_factors and shape != carrier.shape:
             raise ValueError(
                 f"shortcut={self.shortcut!r} adds what layers {self.names[giver]!r} and {self.names[taker]!r} "
@@ -338,7 +339,7 @@ class Relay:
 def is_ahead(value: torch.Tensor, carrier: torch.Tensor) -> bool:
     """Whether what is handed on for `carrier` `(..., in_features)` is a product with the taker's factor,
     `(..., r, 1)`, which the giver has computed in its place."""
-    return value.dim() > carrier.dim()
+    return value.dim() > carrier.dim() and value.shape[-1] == 1
 
 
 def _seen_from(region: Region, given: Given) -> Kept:

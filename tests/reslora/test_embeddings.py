@@ -152,6 +152,16 @@ def test_batches_of_several_adapters(base, inputs):
     assert torch.equal(mixed[1], base.layers[0].words(inputs[1])[1])
 
 
+def test_autocast_rounds_the_update_and_not_the_words(inputs):
+    words = nn.ModuleList(nn.Embedding(11, 6) for _ in range(2)).float()
+    model = get_peft_model(copy.deepcopy(words), ResLoRAConfig(r=2, target_modules=["0", "1"]))
+    layer = tuner_layers(model)["1"]
+    for other in tuner_layers(model).values():
+        nn.init.zeros_(other.lora_embedding_B["default"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(inputs[1]), words[1](inputs[1]))
+
+
 def test_the_table_says_what_is_linked(base):
     assert "11->6 (embedding)" in str(describe_chains(adapted(base)))
 

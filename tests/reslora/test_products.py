@@ -53,6 +53,21 @@ def test_products_have_gradients_and_gradients_of_gradients(shape):
     assert gradgradcheck(both, (x, A, A2, B, result))
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,)])
+def test_the_output_can_be_changed_in_place(shape, hidden_dtype):
+    result, hidden, B = (
+        random(*shape, dtype=HALF),
+        random(*shape[:-1], 3, dtype=hidden_dtype),
+        random(7, 3, dtype=HALF),
+    )
+    out = expand(result, hidden, B, 0.7)
+    expected = torch.autograd.grad((3 * out).sum(), [result, hidden, B], retain_graph=True)
+    out *= 3  # as Falcon adds up, and as activations with inplace=True
+    found = torch.autograd.grad(out.sum(), [result, hidden, B])
+    assert all(map(torch.equal, found, expected))
+
+
 def chain(config: PeftConfig, widths: int = 24, dtype: torch.dtype = HALF) -> Any:
     """Three layers in half precision with adapters in float32, of random factors."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 
 import pytest
@@ -272,6 +273,27 @@ def test_inputs_of_different_shape_are_refused(shortcut):
     model = get_peft_model(Pooling(), config)
     with pytest.raises(ValueError, match=r"layers 'layers\.0' and 'layers\.1'.*\(3, 8, \d\) and \(3, 4, \d\).*block"):
         model(torch.randn(3, 8, 6))
+
+
+class Flattening(nn.Module):
+    """Two layers, of which the second is given the rows `(batch * length, features)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x).flatten(0, -2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 1, 6), (3, 2, 6)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shortcut", "r"), [("input", 6), ("input", 2), ("middle", 2), ("middle", 1)])
+def test_inputs_of_more_dimensions_are_refused(shortcut, r, training, shape):
+    model = get_peft_model(Flattening(), ResLoRAConfig(shortcut=shortcut, r=r, target_modules=["0", "1"]))
+    given = shape if shortcut == "input" else (*shape[:-1], r)
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=re.escape(f"the shapes are {given} and")):
+        model(torch.randn(shape))
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])

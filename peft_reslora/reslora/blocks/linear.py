@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_reslora.reslora.products import HALVES, expand, project, rows_of, working_dtype
+from peft_reslora.reslora.products import HALVES, autocasts, expand, project, rows_of, working_dtype
 from peft_reslora.reslora.shortcuts import block_hidden, input_hidden
 from peft_reslora.reslora.sums import SharedSum, wide_sum
 from peft_reslora.shared.host import is_bare_linear, is_transformed
@@ -263,6 +263,11 @@ def add_update(result: torch.Tensor, hidden: torch.Tensor, factor_b: torch.Tenso
         factor_b: B, `(out_features, r)`.
     """
     fits = result.dtype == hidden.dtype or (result.dtype in HALVES and hidden.dtype == torch.float32)
-    if not fits or torch.compiler.is_compiling() or is_transformed():
+    if not fits or _is_narrowed(result) or torch.compiler.is_compiling() or is_transformed():
         return result + F.linear(hidden, factor_b) * scaling
     return expand(result, hidden, factor_b, scaling)
+
+
+def _is_narrowed(result: torch.Tensor) -> bool:
+    """Whether autocast would round `result` to be added to, such as an embedding's, which it leaves in float32."""
+    return autocasts(result) and result.dtype != torch.get_autocast_dtype(result.device.type)
