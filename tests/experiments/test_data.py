@@ -134,9 +134,7 @@ def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     settings = DataSettings(hub=HubData("org/films"), text=["sentence"], label="label")
-    with pytest.raises(
-        ValueError, match=r"org/films is not in the cache and the Hub cannot be.*data\.folder="
-    ):
+    with pytest.raises(ValueError, match=r"org/films is not in the cache and the Hub cannot be.*data\.folder="):
         load_data(settings, ["sentence", "label"])
     assert offline == [not answers]
     assert datasets.config.HF_HUB_OFFLINE is False
