@@ -55,7 +55,8 @@ def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
 
 def _files(metrics: Mapping[str, Any], fitted_head: bool) -> list[str]:
     lines = [
-        '- `adapter`: as trained; `PeftModel.from_pretrained(base, "adapter")` after `import peft_reslora`.',
+        '- `adapter`: as trained, with the tokenizer; `PeftModel.from_pretrained(base, "adapter")` after '
+        "`import peft_reslora`.",
         "- `metrics.json`, `config.yaml`, `run.json`: all numbers, the settings, and versions and checksums.",
         "- `method_comparison.json`: the result in the form of PEFT's comparison of methods.",
     ]

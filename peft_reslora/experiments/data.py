@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_reslora.experiments.hub_rows import load_hub_split
 from peft_reslora.experiments.settings import DataSettings, HubData
 from peft_reslora.shared.host import fingerprint_of
 
@@ -160,13 +161,12 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_hub(hub: HubData) -> tuple[dict[str, Split], dict[str, str]]:
-    from datasets import load_dataset
-
+    way_out = "With a copy of its files: data.folder=DIR, and their names in data.files (csv, tsv, jsonl, parquet)."
     names = {"train": hub.train, "validation": hub.validation, "test": hub.test}
     splits, checksums = {}, {}
     for name, split in names.items():
         if split is not None:
-            rows = with_image_files(load_dataset(hub.name, hub.config, split=split))
+            rows = with_image_files(load_hub_split(hub, split, way_out))
             source = f"{hub.name}{'/' + hub.config if hub.config else ''}:{split}"
             checksums[name] = fingerprint_of(rows)
             splits[name] = number_rows(source, list(rows.rename_columns(hub.rename) if hub.rename else rows))

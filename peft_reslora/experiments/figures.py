@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _REFERENCE = PALETTE[-1]
 _COLORS = (*PALETTE[:-1], "#b8a500")  # black is the reference's
 _MARKERS = "osD^vPX*<>ph"
 _COLUMNS = 3
+_LETTERS_PER_INCH = 12  # of a title
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def plot_losses(summaries: Sequence[MethodSummary], reference: str, path: Path, 
         _draw_band(axes, summary, _COLORS[0])
         axes.legend(frameon=False, fontsize=8)
     _limit_losses(panels, drawn)
-    figure.suptitle(f"{title}: training loss at the best rate, mean and range of the seeds", fontsize=10)
+    _set_title(figure, f"{title}: training loss at the best rate, mean and range of the seeds")
     _save(figure, path)
 
 
@@ -69,7 +71,7 @@ def plot_rates(summaries: Sequence[MethodSummary], reference: str, path: Path, t
         _draw_rates(axes, summary, _COLORS[0])
         axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{title}: one run a rate, without those that diverged; the ring is the one chosen", fontsize=10)
+    _set_title(figure, f"{title}: one run a rate, without those that diverged; the ring is the one chosen")
     _save(figure, path)
 
 
@@ -106,7 +108,7 @@ def plot_pareto(
     if handles:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     better = "down" if lower_is_better else "up"
-    figure.suptitle(f"{title}: metric against cost; {better} and left is better", fontsize=10)
+    _set_title(figure, f"{title}: metric against cost; {better} and left is better")
     _save(figure, path)
 
 
@@ -129,6 +131,11 @@ def _panels(count: int, xlabel: str, ylabel: str) -> tuple[Any, list[Any]]:
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     return figure, panels[:count]
+
+
+def _set_title(figure: Any, text: str) -> None:
+    """In as many lines as the width of the figure asks for; with few methods it is narrow."""
+    figure.suptitle(textwrap.fill(text, int(_LETTERS_PER_INCH * figure.get_figwidth())), fontsize=10)
 
 
 def _save(figure: Any, path: Path) -> None:

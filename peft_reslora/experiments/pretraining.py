@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, unmask
 from peft_reslora.experiments.data import Row, read_file
+from peft_reslora.experiments.hub_rows import load_hub_split
 from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, PretrainSettings, TextSource
 from peft_reslora.experiments.tokenizers import train_bpe
@@ -48,9 +49,8 @@ def _source_rows(settings: PretrainSettings, source: TextSource) -> list[Row]:
         if source.file is None:
             raise ValueError("a source of base.pretrain has neither hub nor file.")
         return read_file(Path(settings.folder or ".").expanduser() / source.file)
-    from datasets import load_dataset
-
-    return list(load_dataset(source.hub.name, source.hub.config, split=source.hub.train))
+    way_out = "With a copy of its files: base.pretrain.folder=DIR, and `file` of each source."
+    return list(load_hub_split(source.hub, source.hub.train, way_out))
 
 
 def source_text(source: TextSource, row: Row) -> str:

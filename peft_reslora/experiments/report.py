@@ -18,6 +18,7 @@ from peft_reslora.experiments.task import Task
 from peft_reslora.shared.text import printable, prose
 
 _MISSING = "-"
+_TOO_FEW = "too few seeds"  # of the verdicts
 
 HEADER = (
     "method",
@@ -123,7 +124,7 @@ def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
         said = f"{verdict} than {reference}" if verdict != "no difference seen" else f"{verdict} from {reference}"
         if names:
             lines.append(f"- {prose(said[0].upper() + said[1:])}: {prose(', '.join(names))}.")
-        elif verdict == "better" and any(s.difference for s in summaries):
+        elif verdict == "better" and any(s.difference and s.difference.verdict != _TOO_FEW for s in summaries):
             lines.append(f"- No method was better than {prose(reference)}.")
     for s in summaries:
         if s.diverged:
@@ -132,7 +133,7 @@ def findings(summaries: Sequence[MethodSummary], reference: str) -> list[str]:
     missing = [s.name for s in summaries if not s.tests and not s.diverged]
     if missing:
         lines.append(f"- Not finished: {prose(', '.join(missing))}.")
-    few = [s.name for s in summaries if s.difference is not None and s.difference.verdict == "too few seeds"]
+    few = [s.name for s in summaries if s.difference is not None and s.difference.verdict == _TOO_FEW]
     if few:
         lines.append(f"- Fewer than {FEWEST_SEEDS} seeds, from which nothing follows: {prose(', '.join(few))}.")
     return lines

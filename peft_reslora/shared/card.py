@@ -75,6 +75,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _type_name(config: PeftConfig) -> str:
+    """The name of a PEFT method as it stands in the saved config."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def method_name(config: PeftConfig) -> str:
     """The name of a PEFT method as it is written in prose, with the variant where there are several."""
     known = {
@@ -85,7 +90,7 @@ def method_name(config: PeftConfig) -> str:
         "MORA": "MoRA",
         "RESLORA": "ResLoRA",
     }
-    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    peft_type = _type_name(config)
     variant = getattr(config, "shortcut", None) or getattr(config, "mora_type", None)
     return known.get(peft_type, peft_type) + (f" ({variant})" if variant else "")
 
@@ -106,7 +111,7 @@ pip install peft_reslora
 ```
 
 ```python
-import peft_reslora  # registers the method with PEFT
+import peft_reslora  # registers the method with PEFT, which otherwise says KeyError: '{_type_name(config)}'
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "path/or/repo")

@@ -188,7 +188,9 @@ def summaries(gain: float, seeds: int) -> list[MethodSummary]:
     ],
 )
 def test_findings_use_the_words_that_the_interval_allows(gain: float, seeds: int, said: str) -> None:
-    assert f"- {said}" in findings(summaries(gain, seeds), "LoRA")
+    found = findings(summaries(gain, seeds), "LoRA")
+    assert f"- {said}" in found
+    assert ("- No method was better than LoRA." in found) == (gain < 0)
 
 
 def test_steps_to_the_references_loss_are_counted_on_the_smoothed_curve() -> None:

@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset
 from helpers.tiny_runs import write_films
 
+from peft_reslora.experiments import hub_rows
 from peft_reslora.experiments.data import Data, class_labels, load_data, numbers, read_file
 from peft_reslora.experiments.settings import DataSettings, HubData
 
@@ -110,6 +112,32 @@ def test_the_hub_gives_the_same_rows_under_its_own_names(tmp_path: Path, monkeyp
     assert {n: s.rows for n, s in local.splits.items()} == {n: s.rows for n, s in from_hub.splits.items()}
     assert from_hub.splits["test"].place(0, "label").startswith("glue/sst2:validation, row")
     assert set(from_hub.checksums) == {"train", "test"}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache alone is looked through, and the message says how files are read instead."""
+
+    class Session:
+        def head(self, *_: object, **__: object) -> None:
+            if not answers:
+                raise TimeoutError
+
+    def load_dataset(*_: object, **__: object) -> None:
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError
+
+    offline: list[bool] = []
+    monkeypatch.setattr(hub_rows, "get_session", Session)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    settings = DataSettings(hub=HubData("org/films"), text=["sentence"], label="label")
+    with pytest.raises(ValueError, match=r"org/films is not in the cache and the Hub cannot be.*data\.folder="):
+        load_data(settings, ["sentence", "label"])
+    assert offline == [not answers]
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 def test_a_missing_test_split_is_cut_from_training(tmp_path: Path) -> None:

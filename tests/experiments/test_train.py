@@ -18,6 +18,7 @@ from helpers.tiny_runs import Killed, read_metrics, stop_at, tiny_run, write_fil
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from peft_reslora import experiments
 from peft_reslora.experiments import run, train, training
 from peft_reslora.experiments.config_file import from_mapping
 from peft_reslora.experiments.dry_run import describe_run
@@ -138,6 +139,8 @@ def test_logs_for_tensorboard_stay_and_what_is_not_installed_is_named(
         for option, package in (("report_to=trackio", "trackio"), ("report_to=wandb", "wandb")):
             with pytest.raises(ValueError, match=f"{option} needs the package {package}.*: pip install {package}"):
                 train(tiny_run(films, tmp_path / "run"), option)
+        with pytest.raises(ImportError, match=r"need datasets, .*yaml, which are.*pip install 'peft_reslora\[experim"):
+            experiments._check_packages()
     assert not (tmp_path / "run").exists()
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

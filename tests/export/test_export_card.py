@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.adapters import adapted
 from helpers.exports import CAUSAL, UP_DOWN, llama, net
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.export import export_lora, save_as_lora
@@ -99,7 +99,10 @@ def test_the_native_card_leaves_the_users_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_saving_a_native_adapter_writes_its_card(name: str, tmp_path: Path) -> None:
     adapted(llama(), NATIVE[name]).save_pretrained(tmp_path)
-    assert "pip install peft_reslora" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "pip install peft_reslora" in text
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert f"otherwise says KeyError: '{config.peft_type.value}'" in text
 
 
 def test_the_report_is_a_table_and_plain_values() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from peft_reslora import ResLoRAConfig
 from peft_reslora.reslora import calibrate_merge, merge_report
+from peft_reslora.reslora.merging.anneal import anneal_shortcuts
 from peft_reslora.reslora.merging.report import _Output, _Sums
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -37,6 +38,19 @@ def ready(shortcut: str, pre_num: int, **fields: object) -> nn.Module:
     record_norms(model, TINY_MODELS["llama"].batches(3))
     calibrate_merge(model, batches_of(8))
     return model
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_an_annealed_share_is_no_error_of_a_layer(shortcut: str) -> None:
+    """The layers' errors are those of the forward as it is: the whole with no share, the rest, none at 1."""
+    model = ready(shortcut, 1)
+    errors = []
+    for share in (0.0, 0.75, 1.0):
+        anneal_shortcuts(model, share)
+        costs = merge_report(model, batches_of()).costs
+        errors.append(max(costs["exact" if share == 1.0 else "input_norm"].layers.values()))
+    assert errors[0] > errors[1] > 0.01
+    assert errors[2] <= MODEL64
 
 
 @pytest.mark.parametrize(("shortcut", "pre_num"), ESTIMATED)

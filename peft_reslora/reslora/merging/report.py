@@ -18,7 +18,7 @@ from peft_reslora.reslora.config import MergeEstimator
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain, planned
 from peft_reslora.reslora.merging.calibrate import ready_chains
-from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, exactness
+from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, Block, exactness
 from peft_reslora.reslora.merging.observe import Batch, masks_of, observed, to_device, tokens_of
 from peft_reslora.reslora.merging.plan import ChainMerge
 from peft_reslora.shared.host import own_parameter
@@ -194,9 +194,11 @@ def _measure(
     """
     layers = [(chain, n) for chain in chains for n in range(1, len(chain.layers)) if chain.config.shortcut != "block"]
     cores = _cores(dict.fromkeys(chain for chain, _ in layers))
+    blocks = {block.name: block for chain, _ in layers for block in chain.blocks()}
     sums = {estimator: _Sums() for estimator in estimates}
 
     def see(name: str, x: torch.Tensor, own: torch.Tensor, term: torch.Tensor, sequence: torch.Tensor) -> None:
+        term = _annealed_term(blocks[name], x, term)
         unmerged = ((own + term) @ cores[name]).double().square().sum()
         for estimator, total in sums.items():
             missed = ((term - x @ estimates[estimator][name].to(x).t()) @ cores[name]).double().square().sum()
@@ -218,6 +220,11 @@ def _measure(
     _refuse_nothing(sums.values())
     names = _in_order(model, chains)
     return {estimator: total.cost(names) for estimator, total in sums.items()}
+
+
+def _annealed_term(block: Block, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """What the forward adds to A_n x_n: `term`, but for the share t whose place C_n x_n has taken."""
+    return term if block.shortcut is None else torch.lerp(term, x @ block.shortcut.to(x).t(), block.annealed)
 
 
 def _in_order(model: nn.Module, chains: Sequence[Chain]) -> list[str]:
