@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import patch
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -26,14 +25,17 @@ def load_hub_split(hub: HubData, split: str, way_out: str) -> Any:
     """
     import datasets
 
+    offline = datasets.config.HF_HUB_OFFLINE
+    # As HF_HUB_OFFLINE=1 in the environment, which is read once, when datasets is imported.
+    datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()
     try:
-        # As HF_HUB_OFFLINE=1 in the environment, which is read once, when datasets is imported.
-        with patch.object(datasets.config, "HF_HUB_OFFLINE", not _hub_answers()):
-            return datasets.load_dataset(hub.name, hub.config, split=split)
+        return datasets.load_dataset(hub.name, hub.config, split=split)
     except ConnectionError as error:
         raise ValueError(
             f"The data set {hub.name} is not in the cache and the Hub cannot be reached. {way_out}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _hub_answers() -> bool:

@@ -83,7 +83,7 @@ def test_the_training_step_knows_autocast_checkpointing_and_half_precision(tmp_p
 
 @pytest.mark.slow
 def test_the_training_step_is_measured_at_all_pairs_of_batch_and_length_and_compiled(tmp_path: Path) -> None:
-    numbers = ["--batch", "1", "2", "--tokens", "4", "8", "--only", "ResLoRA block, pre_num 1"]
+    numbers = ["--batch", "1", "2", "--tokens", "4", "--only", "ResLoRA block, pre_num 1"]
     kept = tmp_path / "kept" / "step"
     options = ["--quick", *numbers, "--compile", "eager", "--keep", str(kept)]
     command = [sys.executable, str(FOLDER / "train_step.py"), *options]
@@ -91,10 +91,10 @@ def test_the_training_step_is_measured_at_all_pairs_of_batch_and_length_and_comp
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in kept.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
     pairs = [(line["batch"], line["tokens"]) for line in lines]
-    assert pairs == [pair for pair in ((1, 4), (1, 8), (2, 4), (2, 8)) for _ in range(3)]
+    assert pairs == [pair for pair in ((1, 4), (2, 4)) for _ in range(3)]
     text = kept.with_suffix(".md").read_text(encoding="utf-8")
     command_line, _, *table = text.splitlines()
-    assert "python benchmarks/train_step.py --quick --batch 1 2 --tokens 4 8" in command_line
+    assert "python benchmarks/train_step.py --quick --batch 1 2 --tokens 4" in command_line
     assert str(tmp_path) not in text
     assert f"{os.cpu_count()} CPU cores" in command_line
     assert len(table) == 2 + len(lines)
