@@ -80,6 +80,7 @@ def test_which_file_is_which_split_and_renamed_columns_decide_the_identity(films
     assert identities[0] != identities[1]
 
 
+@pytest.mark.slow
 def test_a_cost_counts_for_its_reference_only(films: Path, tmp_path: Path) -> None:
     one, other = prepared(films, tmp_path), prepared(films, tmp_path, "reference=ResLoRA")
     assert one.budgets["LoRA"].tuner == other.budgets["LoRA"].tuner
@@ -87,6 +88,7 @@ def test_a_cost_counts_for_its_reference_only(films: Path, tmp_path: Path) -> No
     assert one._key("report", "LoRA", -12, 0) == other._key("report", "LoRA", -12, 0)
 
 
+@pytest.mark.quick(override=["seeds=[0, 1, 3]"])
 @pytest.mark.parametrize(
     "override", ["seeds=[0, 1, 3]", "search_seed=101", "rates.highest=1e-1", "reference=ResLoRA"], ids=lambda o: o[:9]
 )
@@ -107,6 +109,7 @@ def test_only_lines_of_the_present_settings_count(
             assert len(summary.scores) == (0 if override.startswith("search") else 2)
 
 
+@pytest.mark.slow
 def test_runs_at_a_rate_that_the_search_no_longer_chooses_do_not_count(films: Path, tmp_path: Path) -> None:
     whole = without_training(prepared(films, tmp_path))
     for line in whole.lines():
@@ -122,6 +125,7 @@ def test_repeated_seeds_are_refused(films: Path, tmp_path: Path) -> None:
         settings_of(films, tmp_path, "seeds=[0, 1, 2, 2]")
 
 
+@pytest.mark.quick(value=[None])
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_a_run_that_diverged_is_said_and_not_counted(films: Path, tmp_path: Path, value: Any) -> None:
     whole = without_training(prepared(films, tmp_path))
