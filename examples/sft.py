@@ -1,7 +1,8 @@
 """ResLoRA in TRL's SFTTrainer: conversations, the loss on the answers.
 
 python examples/sft.py --model Qwen/Qwen3-0.6B --data trl-lib/Capybara
-accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/sft.py --model Qwen/Qwen3-0.6B
+accelerate launch --config_file configs/accelerate/fsdp2.yaml --fsdp_transformer_layer_cls_to_wrap Qwen3DecoderLayer \
+        examples/sft.py --model Qwen/Qwen3-0.6B
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_length=1024,
             gradient_checkpointing=True,
             bf16=torch.cuda.is_available(),
+            use_cpu=not torch.accelerator.is_available(),
             report_to="none",
         ),
         train_dataset=load_dataset(options.data, split="train"),

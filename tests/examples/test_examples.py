@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import CONFIGS, WORKERS, environment, free_port
 from helpers.repository import ROOT
 from helpers.tiny_checkpoints import TEXTS, write_bert, write_images, write_llama, write_pipeline, write_rows
 from peft import PeftConfig
@@ -68,6 +69,31 @@ def test_sft(run, tmp_path):
     run("sft", "--model", write_llama(tmp_path / "llama"), "--data", write_rows(tmp_path / "data", turns), "--steps=2")
     assert is_trained(tmp_path / "sft")
     assert PeftConfig.from_pretrained(tmp_path / "sft").peft_type == "RESLORA"
+
+
+@pytest.mark.long
+def test_sft_under_fsdp2(tmp_path):
+    """The command of the page, on CPUs; one process speaks for both, and saves whole factors."""
+    rows = [{"prompt": text, "completion": " yes"} for text in 2 * TEXTS]
+    data, model = write_rows(tmp_path / "data", rows), write_llama(tmp_path / "llama")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
+    launch += ["--main_process_port", str(free_port()), "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    script = [
+        str(WORKERS / "example_worker.py"),
+        str(FOLDER / "sft.py"),
+        "--model",
+        model,
+        "--data",
+        data,
+        "--steps=2",
+    ]
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train_runtime") == 1
+    assert is_trained(tmp_path / "sft")
+    config = PeftConfig.from_pretrained(tmp_path / "sft")
+    tensors = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {config.r}
 
 
 @pytest.mark.slow
