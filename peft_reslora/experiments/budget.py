@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_reslora.experiments.tuners import RANK_FIELDS, adapt, make_config, trained_parameters
+from peft_reslora.experiments.tuners import adapt, allocates_ranks, make_config, rank_field, trained_parameters
 
 TOLERANCE = 0.02
 _MOST = 512
@@ -33,10 +33,12 @@ class Budget:
 def count_parameters(base: nn.Module, tuner: Mapping[str, Any]) -> int:
     """Trained parameters without a new head; of AdaLoRA those that are left after pruning, as its paper counts."""
     counted = dict(tuner)
-    if counted["peft_type"] == "ADALORA":
-        counted["init_r"] = counted["target_r"]
-        counted.update(tinit=0, tfinal=0)  # a schedule for more steps than this count's
-    return trained_parameters(adapt(copy.deepcopy(without_storage(base)), make_config(counted, 100)))
+    part = 1
+    if allocates_ranks(counted):
+        part = 2
+        counted.update(init_r=part * counted["target_r"])  # all of its parameters are proportional to the rank
+        counted.update(total_step=100, tinit=0, tfinal=0)  # not a schedule for more steps than this count's
+    return trained_parameters(adapt(copy.deepcopy(without_storage(base)), make_config(counted))) // part
 
 
 def without_storage(base: nn.Module) -> nn.Module:
@@ -47,7 +49,7 @@ def without_storage(base: nn.Module) -> nn.Module:
 
 def with_rank(tuner: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """The tuner at another rank, with alpha / rank as it was."""
-    name = RANK_FIELDS.get(tuner["peft_type"], "r")
+    name = rank_field(tuner)
     changed = {**tuner, name: rank}
     for alpha in _ALPHAS:
         if alpha in tuner and name in tuner:

@@ -15,6 +15,7 @@ from peft_reslora.experiments.run import write_whole
 from peft_reslora.experiments.statistics import FEWEST_SEEDS, window_of
 from peft_reslora.experiments.summary import MethodSummary
 from peft_reslora.experiments.task import Task
+from peft_reslora.experiments.tuners import allocates_ranks
 from peft_reslora.shared.text import printable, prose
 
 _MISSING = "-"
@@ -188,7 +189,7 @@ def _notes(settings: CompareSettings, task: Task, summaries: Sequence[MethodSumm
     unequal = [s.name for s in summaries if not s.budget.equal]
     if unequal:
         lines.append(f"- Not within 2 % of the reference's parameters: {prose(', '.join(unequal))}.")
-    if any(s.budget.tuner["peft_type"] == "ADALORA" for s in summaries):
+    if any(allocates_ranks(s.budget.tuner) for s in summaries):
         lines.append("- AdaLoRA's parameters are those left after pruning; it starts with half as many again.")
     limited = [s.name for s in summaries if s.at_limit]
     if limited:

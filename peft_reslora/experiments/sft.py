@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from peft_reslora.experiments.settings import SFT_KEYS
 from peft_reslora.experiments.task import Batch, Example, Task
 from peft_reslora.experiments.trainers import LoraPlus, check_batch
-from peft_reslora.experiments.tuners import callbacks_for
+from peft_reslora.experiments.tuners import allocates_ranks
 
 # What TrainingArguments has, where SFTConfig has something else: the same file trains the same with and without TRL.
 _PLAIN: dict[str, Any] = {"learning_rate": 5e-5, "bf16": False, "gradient_checkpointing": False}
@@ -59,7 +59,7 @@ def sft_trainer(
         ValueError: for AdaLoRA, whose penalty stands in the loss that the model returns, which TRL leaves alone; if
             the packs do not fill a batch.
     """
-    if callbacks_for(tuner):
+    if allocates_ranks(tuner):
         raise ValueError(
             f"tuner.peft_type={tuner['peft_type']} adds a penalty to the model's loss, which TRL's trainer does not "
             f"take; leave {' and '.join(SFT_KEYS)} out of training."

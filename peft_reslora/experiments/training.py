@@ -22,7 +22,7 @@ from peft_reslora.experiments.processes import summed
 from peft_reslora.experiments.settings import SFT_KEYS
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.trainers import LoraPlus, check_batch
-from peft_reslora.experiments.tuners import adapt, callbacks_for, make_config
+from peft_reslora.experiments.tuners import adapt, allocates_ranks, callbacks_for, make_config
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -110,7 +110,7 @@ def fit(
         return Trained(_loaded(task, resume, arguments), _losses(state), 0.0, state.global_step)
     set_seed(arguments.seed)
     model = adapt(task.fresh_model(), make_config(with_head(method.tuner, task), steps))
-    trainer = _make_trainer(task, model, method, arguments, [*callbacks_for(method.tuner), *callbacks])
+    trainer = _make_trainer(task, model, method, arguments, [*callbacks_for(method.tuner, arguments.seed), *callbacks])
     if is_sharded(trainer):
         _check_shards(trainer, method)
     task_loss = _TaskLoss(model.get_base_model(), trainer)
@@ -181,7 +181,7 @@ def _check_shards(trainer: Trainer, method: Method) -> None:
     Raises:
         ValueError: for AdaLoRA, whose ranks are allocated by whole factors; for checkpoints in shards.
     """
-    if callbacks_for(method.tuner):
+    if allocates_ranks(method.tuner):
         raise ValueError(
             f"tuner.peft_type={method.tuner['peft_type']} allocates ranks, and under FSDP and DeepSpeed no process "
             "has whole factors to choose from; train it in one process or with configs/accelerate/ddp.yaml."

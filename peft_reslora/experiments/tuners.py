@@ -12,19 +12,27 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import TrainerCallback
 
-import peft_reslora  # noqa: F401  registers both tuners
+from peft_reslora.training import NestedRanks
 
-RANK_FIELDS = {"ADALORA": "target_r"}
-"""The field that sets the number of parameters, where it is not `r`."""
+
+def allocates_ranks(tuner: Mapping[str, Any]) -> bool:
+    """Whether the method is AdaLoRA: PEFT's own, or ResLoRA with blocks of that kind."""
+    own = tuner["peft_type"] == "RESLORA" and ("target_r" in tuner or bool(tuner.get("total_step")))
+    return own or tuner["peft_type"] == "ADALORA"
+
+
+def rank_field(tuner: Mapping[str, Any]) -> str:
+    """The field that sets the number of trained parameters."""
+    return "target_r" if allocates_ranks(tuner) else "r"
 
 
 def make_config(tuner: Mapping[str, Any], steps: int | None = None) -> PeftConfig:
     """The PEFT config of a checked `tuner` section; AdaLoRA's `total_step` is the run's, if it has none."""
     fields = {name: value for name, value in tuner.items() if name != "peft_type"}
-    if tuner["peft_type"] == "ADALORA" and "total_step" not in fields:
-        fields["total_step"] = steps
-    if tuner["peft_type"] == "ADALORA" and "init_r" not in fields and "target_r" in fields:
-        fields["init_r"] = math.ceil(1.5 * fields["target_r"])  # as in its paper
+    if allocates_ranks(tuner):
+        fields.setdefault("total_step", steps)
+        if "target_r" in fields:
+            fields.setdefault("init_r", math.ceil(1.5 * fields["target_r"]))  # as in its paper
     kinds = {member.value: kind for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     config: PeftConfig = kinds[tuner["peft_type"]](**fields)
     return config
@@ -35,7 +43,7 @@ def tuners_with_rank() -> list[str]:
     return sorted(
         member.value
         for member, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if RANK_FIELDS.get(member.value, "r") in {f.name for f in dataclasses.fields(kind)}
+        if "r" in {f.name for f in dataclasses.fields(kind)}
     )
 
 
@@ -49,7 +57,8 @@ def trained_parameters(model: nn.Module, saved_whole: bool = False) -> int:
     return sum(
         p.numel()
         for n, p in model.named_parameters()
-        if p.requires_grad and (saved_whole or "modules_to_save" not in n)
+        # ranknum: AdaLoRA's record of a rank, which PEFT leaves requiring gradients on the meta device
+        if p.requires_grad and "ranknum" not in n and (saved_whole or "modules_to_save" not in n)
     )
 
 
@@ -60,6 +69,8 @@ class AdaLoraSchedule(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def callbacks_for(tuner: Mapping[str, Any]) -> list[TrainerCallback]:
-    allocates = tuner["peft_type"] == "ADALORA" or (tuner["peft_type"] == "RESLORA" and tuner.get("total_step"))
-    return [AdaLoraSchedule()] if allocates else []
+def callbacks_for(tuner: Mapping[str, Any], seed: int) -> list[TrainerCallback]:
+    """What the method does between the steps of a training with this seed."""
+    if allocates_ranks(tuner):
+        return [AdaLoraSchedule()]
+    return [NestedRanks(seed=seed)] if tuner.get("nested_ranks") else []

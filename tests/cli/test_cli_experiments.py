@@ -88,7 +88,7 @@ def test_a_shard_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 def test_configs_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "compare"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("compare/sst2") and "Sixteen tuners on SST-2" in line for line in lines)
+    assert any(line.startswith("compare/sst2") and "Nineteen tuners on SST-2" in line for line in lines)
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,10 +220,14 @@ TARGETS = {"target_modules": ["square", "wide"]}
     [
         ({"peft_type": "LORA", "r": 3}, lambda r: r * (96 + 96 + 96 + 384)),
         ({"peft_type": "LOHA", "r": 3}, lambda r: 2 * r * (96 + 96 + 96 + 384)),
-        ({"peft_type": "ADALORA", "target_r": 3}, lambda r: r * (96 + 96 + 96 + 384) + 2 * r + 2),
+        ({"peft_type": "ADALORA", "target_r": 3}, lambda r: r * (96 + 96 + 96 + 384) + 2 * r),
         (
             {"peft_type": "ADALORA", "target_r": 3, "tinit": 60, "tfinal": 90},  # more steps than the count's own
-            lambda r: r * (96 + 96 + 96 + 384) + 2 * r + 2,
+            lambda r: r * (96 + 96 + 96 + 384) + 2 * r,
+        ),
+        (
+            {"peft_type": "RESLORA", "shortcut": "block", "target_r": 3, "tinit": 60, "tfinal": 90},
+            lambda r: r * (96 + 96 + 96 + 384) + 2 * r,
         ),
         ({"peft_type": "MORA", "r": 3}, lambda r: round((192 * r) ** 0.5) ** 2 + round((480 * r) ** 0.5) ** 2),
     ],

@@ -26,6 +26,8 @@ from peft_reslora.experiments.run import train_with
 from peft_reslora.experiments.settings import train_settings
 from peft_reslora.experiments.tasks import make_task
 from peft_reslora.experiments.trainers import LoraPlus
+from peft_reslora.experiments.tuners import callbacks_for
+from peft_reslora.training import NestedRanks
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,8 @@ def test_regression_with_a_new_head_trains_and_saves_it(films: Path, tmp_path: P
     [
         {"peft_type": "ADALORA", "target_r": 2, "init_r": 3, "tinit": 2, "tfinal": 2, "deltaT": 1},
         {"peft_type": "RESLORA", "target_r": 2, "init_r": 3, "total_step": 8, "tinit": 2, "tfinal": 2},
+        {"peft_type": "RESLORA", "target_r": 2, "tinit": 2, "tfinal": 2, "deltaT": 1},
+        {"peft_type": "RESLORA", "r": 2, "nested_ranks": True},
         {"peft_type": "MORA", "r": 2},
         {"peft_type": "LOHA", "r": 2},
     ],
@@ -270,3 +274,10 @@ def test_only_shortcuts_whose_merge_is_an_estimate_are_annealed(films: Path, tmp
     with pytest.raises(ValueError, match=r"override annealed=true: .* not LORA"):
         train(tiny_run(films, tmp_path / "run", tuner=lora), "annealed=true")
     assert not (tmp_path / "run").exists()
+
+
+def test_nested_ranks_are_drawn_with_the_seed_of_the_run() -> None:
+    (callback,) = callbacks_for({"peft_type": "RESLORA", "r": 4, "nested_ranks": True}, seed=7)
+    assert isinstance(callback, NestedRanks)
+    assert callback.seed == 7
+    assert callbacks_for({"peft_type": "RESLORA", "r": 4}, seed=7) == []
