@@ -243,7 +243,7 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
                 self.use_rslora
             ),
             f"lora_alpha={self.lora_alpha} must be positive with {given}": self.lora_alpha <= 0,
-            f"r={self.r} with {given}, whose rank is init_r={self.init_r}": (
+            f"r={self.r} with {given}, whose rank is init_r={self.init_r}; leave r unset": (
                 self.r not in (8, self.init_r)  # LoRA's default
             ),
             f"target_r={self.target_r} must be less than init_r={self.init_r}, or nothing is pruned": (

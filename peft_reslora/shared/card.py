@@ -81,7 +81,7 @@ def _type_name(config: PeftConfig) -> str:
 
 
 def method_name(config: PeftConfig) -> str:
-    """The name of a PEFT method as it is written in prose, with the variant where there are several."""
+    """The name of a PEFT method as it is written in prose, with its variant and kind of blocks, if it has those."""
     known = {
         "ADALORA": "AdaLoRA",
         "LOHA": "LoHa",
@@ -90,9 +90,13 @@ def method_name(config: PeftConfig) -> str:
         "MORA": "MoRA",
         "RESLORA": "ResLoRA",
     }
+    kinds = {"use_dora": "DoRA", "total_step": "AdaLoRA", "nested_ranks": "DyLoRA"}
     peft_type = _type_name(config)
-    variant = getattr(config, "shortcut", None) or getattr(config, "mora_type", None)
-    return known.get(peft_type, peft_type) + (f" ({variant})" if variant else "")
+    method = known.get(peft_type, peft_type)
+    variants = [getattr(config, name, None) for name in ("shortcut", "mora_type")]
+    variants += [kind for name, kind in kinds.items() if getattr(config, name, None) and kind != method]
+    given = ", ".join(filter(None, variants))
+    return f"{method} ({given})" if given else method
 
 
 def is_local(base_model: str) -> bool:

@@ -263,6 +263,22 @@ def test_inspect_tells_an_exact_merge(command: Callable[..., Done], adapter: Pat
     assert "merge: exact" in command("inspect", adapter).out
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"use_dora": True}, "ResLoRA (block, DoRA)"),
+        ({"nested_ranks": True}, "ResLoRA (block, DyLoRA)"),
+        ({"total_step": 9, "init_r": 4, "target_r": 2}, "ResLoRA (block, AdaLoRA)"),
+    ],
+)
+def test_inspect_names_the_kind_of_blocks(
+    command: Callable[..., Done], base: Path, tmp_path: Path, fields: dict[str, object], name: str
+) -> None:
+    done = command("inspect", save_adapter(base, tmp_path, **fields))
+    assert done.code == 0
+    assert f"{name} adapter for" in done.out
+
+
 def test_inspect_describes_the_adapters_of_others(command: Callable[..., Done], base: Path, tmp_path: Path) -> None:
     get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig()).save_pretrained(str(tmp_path))
     done = command("inspect", tmp_path)

@@ -232,6 +232,7 @@ def attempt(engine: str, tuner: tuple[str, int], checkpointing: str) -> Results 
 
 
 def main(engine: str, output: str) -> None:
+    engine, _, kinds = engine.partition("-")
     if engine.startswith("zero"):
         import_deepspeed().init_distributed("gloo")
     elif engine == "accelerate":
@@ -239,8 +240,8 @@ def main(engine: str, output: str) -> None:
     else:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    if engine == "kinds":
-        results = {case_id(*case): attempt("ddp", *case) for case in KIND_CASES}
+    if kinds:
+        results = {case_id(*case): attempt(engine, *case) for case in KIND_CASES}
     elif engine == "each":
         results = {name: attempt(name, *case) for name, case in CASE_OF_EACH.items()}
     else:
