@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 
 import pytest
@@ -111,12 +112,16 @@ def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
     assert_same_training(run_engine(engine)[case_id(tuner, checkpointing)], reference(tuner), engine)
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("kinds")
+@pytest.mark.parametrize("engine", by_engine("kinds", LABELS))
 @pytest.mark.parametrize(("tuner", "checkpointing"), KIND_CASES)
-def test_other_kinds_of_blocks_train_under_ddp(run_engine, tuner, checkpointing):
-    """DoRA, AdaLoRA with its allocation of ranks, and a rank in use of an adapter with nested ranks."""
-    assert_same_training(run_engine("kinds")[case_id(tuner, checkpointing)], reference(tuner), "ddp")
+def test_other_kinds_of_blocks_train_or_are_refused(run_engine, engine, tuner, checkpointing):
+    """DoRA, a rank in use of an adapter with nested ranks, and AdaLoRA, whose ranks need all gradients to allocate."""
+    result = run_engine(f"{engine}-kinds")[case_id(tuner, checkpointing)]
+    if tuner[0].endswith("adalora") and engine != "ddp":
+        assert isinstance(result, str)
+        assert re.search(r"RuntimeError: .*(AdaLoRA|DeepSpeed).*DDP", result)
+        return
+    assert_same_training(result, reference(tuner), engine)
 
 
 @pytest.mark.long

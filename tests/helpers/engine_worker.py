@@ -27,7 +27,7 @@ TUNERS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -
 # fmt: on
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
-# Other kinds of blocks, which need whole factors, and so DDP.
+# Other kinds of blocks, each under all engines; AdaLoRA allocates ranks from whole factors and their gradients.
 KINDS = [("block-dora", 1), ("input-adalora", 1), ("block-adalora", 1), ("middle-adalora", 1), ("middle-nested", 1)]
 KIND_CASES = list(itertools.product(KINDS, CHECKPOINTING))
 CASE_OF_EACH = {
@@ -114,17 +114,27 @@ def plain(model: nn.Module) -> Results:
     return train(model, torch.Tensor.backward, _stepper(optimizer, model), lambda p: p.grad, 0, 1)
 
 
-def _stepper(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> Callable[[], None]:
-    """A step of the optimizer; of a `model` with AdaLoRA, ranks are allocated in it, from the averaged gradients."""
-    steps = itertools.count(1)
+def _stepper(optimizer: torch.optim.Optimizer, model: nn.Module) -> Callable[[], None]:
+    """A step of the optimizer, with the allocation of ranks from the averaged gradients."""
+    allocated = _then_allocate(optimizer.step, model)
 
     def step() -> None:
-        optimizer.step()
-        if model is not None and getattr(model.peft_config["default"], "total_step", None) is not None:
-            update_and_allocate(model, next(steps))
+        allocated()
         optimizer.zero_grad()
 
     return step
+
+
+def _then_allocate(step: Callable[[], Any], model: nn.Module) -> Callable[[], None]:
+    """The step, after which the ranks of a model with AdaLoRA are allocated."""
+    steps = itertools.count(1)
+
+    def allocated() -> None:
+        step()
+        if getattr(model.peft_config["default"], "total_step", None) is not None:
+            update_and_allocate(model, next(steps))
+
+    return allocated
 
 
 def ddp(model: nn.Module) -> Results:
@@ -144,7 +154,7 @@ def fsdp2(model: nn.Module) -> Results:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
     ranks = dist.get_rank(), dist.get_world_size()
-    return train(model, torch.Tensor.backward, _stepper(optimizer), lambda p: p.grad.full_tensor(), *ranks)
+    return train(model, torch.Tensor.backward, _stepper(optimizer, model), lambda p: p.grad.full_tensor(), *ranks)
 
 
 def zero(model: nn.Module, stage: int) -> Results:
@@ -162,7 +172,7 @@ def zero(model: nn.Module, stage: int) -> Results:
     optimizer = torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ranks = dist.get_rank(), dist.get_world_size()
-    return train(engine, engine.backward, engine.step, safe_get_full_grad, *ranks)
+    return train(engine, engine.backward, _then_allocate(engine.step, model), safe_get_full_grad, *ranks)
 
 
 def import_deepspeed() -> Any:
@@ -203,7 +213,7 @@ def accelerated(model: nn.Module) -> Results:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH // accelerator.num_processes
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
         plugin.deepspeed_config["gradient_clipping"] = 1e6
-    model, optimizer = accelerator.prepare(model, optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
 
     def gradient(p: nn.Parameter) -> torch.Tensor:
         if deepspeed:  # accelerate steps within `backward`: the second loss shows the gradient
@@ -211,7 +221,7 @@ def accelerated(model: nn.Module) -> Results:
         return p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
 
     ranks = accelerator.process_index, accelerator.num_processes
-    results = train(model, accelerator.backward, _stepper(optimizer), gradient, *ranks)
+    results = train(prepared, accelerator.backward, _stepper(optimizer, model), gradient, *ranks)
     return {**results, "engine": accelerator.distributed_type.value}
 
 

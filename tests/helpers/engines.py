@@ -51,7 +51,7 @@ def run_together(commands: list[tuple[list[str], dict[str, str]]]) -> None:
         for command, env in commands
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
