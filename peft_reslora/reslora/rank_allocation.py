@@ -78,7 +78,8 @@ class RankAllocation:
         if not over and not view.has_gradients():
             raise RuntimeError(
                 "update_and_allocate found no gradients, from which importances are computed. Call it after "
-                "loss.backward() and optimizer.step(), before optimizer.zero_grad(). DeepSpeed never shows them: use DDP."
+                "loss.backward() and optimizer.step(), before optimizer.zero_grad(). DeepSpeed never shows "
+                "them: use DDP."
             )
         if self._allocator is None:
             self._allocator = RankAllocator(view, config, _NAME)
