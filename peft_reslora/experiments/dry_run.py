@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from peft_reslora.experiments.data import Data, load_data
+from peft_reslora.experiments.hub_base import reading_base
 from peft_reslora.experiments.settings import BaseSettings, TrainSettings
 from peft_reslora.experiments.training import planned_steps
 from peft_reslora.experiments.tuners import make_config, trained_parameters
@@ -96,7 +97,8 @@ def base_config(settings: BaseSettings) -> PretrainedConfig:
         from peft_reslora.recipes.minilm import find_weights
 
         return AutoConfig.from_pretrained(find_weights())
-    return AutoConfig.from_pretrained(str(settings.name))
+    with reading_base(str(settings.name)):
+        return AutoConfig.from_pretrained(str(settings.name))
 
 
 def memory_estimate(model: PeftModel, base_parameters: int, batch: int, tokens: int) -> float:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from peft_reslora.experiments.arithmetic import plain_numbers, same_number, value_of
 from peft_reslora.experiments.data import Data, Row, Split, load_data
+from peft_reslora.experiments.hub_base import reading_base
 from peft_reslora.experiments.pretraining import pretrained
 from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
@@ -99,11 +100,12 @@ def load_generation_base(settings: BaseSettings) -> tuple[nn.Module, PreTrainedT
         return pretrained(settings, settings.pretrain)
     if settings.name is None:
         raise ValueError("base: a language model built in code needs pretrain, what it learns first.")
-    tokenizer = AutoTokenizer.from_pretrained(settings.name)
+    quantized = {"quantization_config": four_bits(settings)} if settings.load_in_4bit else {}
+    with reading_base(settings.name):
+        tokenizer = AutoTokenizer.from_pretrained(settings.name)
+        base = AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype, **quantized)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    quantized = {"quantization_config": four_bits(settings)} if settings.load_in_4bit else {}
-    base = AutoModelForCausalLM.from_pretrained(settings.name, dtype=settings.dtype, **quantized)
     return base, tokenizer, []
 
 

@@ -27,7 +27,7 @@ def load_hub_split(hub: HubData, split: str, way_out: str) -> Any:
 
     offline = datasets.config.HF_HUB_OFFLINE
     # As HF_HUB_OFFLINE=1 in the environment, which is read once, when datasets is imported.
-    datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()
+    datasets.config.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         return datasets.load_dataset(hub.name, hub.config, split=split)
     except ConnectionError as error:
@@ -38,7 +38,8 @@ def load_hub_split(hub: HubData, split: str, way_out: str) -> Any:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, found out in seconds."""
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
     except Exception:  # httpx's or httpx2's, by the version of huggingface_hub; offline mode is a ConnectionError

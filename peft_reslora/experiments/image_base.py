@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.denoising import DenoisingUNet
+from peft_reslora.experiments.hub_base import reading_base
 from peft_reslora.experiments.images import image_settings
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, ImageSettings
 
@@ -37,9 +38,10 @@ def load_pipeline(name: str, dtype: str) -> ImageBase:
     Raises:
         ValueError: for a pipeline of another class.
     """
-    _check_pipeline(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_parts(name, dtype, AutoencoderKL.from_pretrained(name, subfolder="vae").eval().to(device))
+    with reading_base(name):
+        _check_pipeline(name)
+        base = load_parts(name, dtype, AutoencoderKL.from_pretrained(name, subfolder="vae").eval().to(device))
     base.text_encoder.to(device)
     return base
 

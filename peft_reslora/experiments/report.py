@@ -63,8 +63,8 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         _MISSING if s.rate is None else f"{s.rate:.1e}",
         str(len(s.tests)) + (f" ({len(s.diverged)} diverged)" if s.diverged else ""),
         _mean_and_deviation(s.tests),
-        _MISSING if d is None else f"{d.mean:+.2f}",
-        _MISSING if d is None else f"{d.low:+.2f} to {d.high:+.2f}",
+        _MISSING if d is None else _number(d.mean, "+.2f"),
+        _MISSING if d is None else f"{_number(d.low, '+.2f')} to {_number(d.high, '+.2f')}",
         "reference" if s.is_reference else _MISSING if d is None else d.verdict,
         ", ".join(f"{value:.2f} ({name})" for name, value in s.merged.items()) or _MISSING,
         _mean_and_deviation(s.annealed),
@@ -74,9 +74,15 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         _ratio(s.cost.get("memory_ratio")),
         _kilobytes(s.native_bytes),
         _kilobytes(s.exported_bytes),
-        _MISSING if s.forgetting is None else f"{s.forgetting:.3f}",
-        _MISSING if s.similarity is None else f"{s.similarity:.2f}",
+        _MISSING if s.forgetting is None else _number(s.forgetting, ".3f"),
+        _MISSING if s.similarity is None else _number(s.similarity, ".2f"),
     )
+
+
+def _number(value: float, form: str) -> str:
+    """As formatted; what rounds to zero has no sign."""
+    shown = format(value, form)
+    return shown.lstrip("+-") if float(shown) == 0 else shown
 
 
 def _mean_and_deviation(values: Mapping[int, float]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_reslora.experiments.data import Data, Split, class_labels, load_data, numbers
+from peft_reslora.experiments.hub_base import reading_base
 from peft_reslora.experiments.metrics import classification_metrics, regression_metrics
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
 from peft_reslora.experiments.task import Batch, Example, Task, outputs
@@ -89,8 +90,9 @@ def load_text_base(
         tokenizer = train_bpe(texts, settings.vocabulary)
         return built_in_code(settings, labels, tokenizer), tokenizer
     weights = find_weights() if settings.name == "minilm" else str(settings.name)
-    tokenizer = AutoTokenizer.from_pretrained(weights)
-    model = AutoModelForSequenceClassification.from_pretrained(weights, dtype=settings.dtype, **labels)
+    with reading_base(str(weights)):
+        tokenizer = AutoTokenizer.from_pretrained(weights)
+        model = AutoModelForSequenceClassification.from_pretrained(weights, dtype=settings.dtype, **labels)
     if tokenizer.pad_token is None:  # of many language models
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -15,6 +15,7 @@ from peft_reslora.shared.tables import format_table
 from peft_reslora.shared.text import code, code_block, printable, prose
 
 COLUMNS = ("layer", "exact", "merge", "rank", "kept", "energy kept", "relative error")
+LEGEND = "rank: directions in the factors of the update; kept: those in the export, before padding with zeros."
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class ExportReport:
         return notes
 
     def __str__(self) -> str:
-        return "\n".join([self.summary(), *format_table([COLUMNS, *(layer.cells() for layer in self.layers)])])
+        table = format_table([COLUMNS, *(layer.cells() for layer in self.layers)])
+        return "\n".join([self.summary(), *table, LEGEND])
 
 
 def lora_card(config: PeftConfig, report: ExportReport, command: str | None = None) -> str:
@@ -196,4 +198,4 @@ pipeline.load_lora_weights("path/or/repo")
 def _kept(report: ExportReport) -> str:
     """What the conversion kept, in words and as a table."""
     table = markdown_table([COLUMNS, *(layer.cells() for layer in report.layers)])
-    return f"{prose(report.summary())}\n\n{table}"
+    return f"{prose(report.summary())}\n\n{table}\n\n{LEGEND}"

@@ -1,1 +1,1 @@
-"""Joints for trainers that know LoRA's config only. Each module imports its trainer, and nothing imports it."""
+"""Joints for trainers that know LoRA's config only. A joint imports its trainer, and nothing imports the joint."""

@@ -13,8 +13,6 @@ axolotl's own keys, as for LoRA. It does not need the PEFT fork that axolotl's o
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -23,6 +21,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from peft_reslora import MoRAConfig, ResLoRAConfig
+from peft_reslora.integrations.sections import check_section
 
 _CONFIGS: dict[str, type[PeftConfig]] = {"reslora": ResLoRAConfig, "mora": MoRAConfig}
 
@@ -129,19 +128,8 @@ def adapter_config(model: nn.Module, cfg: Any) -> PeftConfig:
     fields = {field: cfg[key] for key, field in {**_FIELDS, **own}.items() if cfg.get(key)}
     fields |= {"target_modules": _targets(cfg), "task_type": _task_type(model)}
     section = cfg.get(adapter) or {}
-    _check_section(adapter, section, fields)
+    check_section(adapter, _CONFIGS[adapter], section, fields, trainer="axolotl")
     return _CONFIGS[adapter](**fields, **section)
-
-
-def _check_section(adapter: str, section: dict[str, Any], given: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(_CONFIGS[adapter]) if field.init]
-    for name in section:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(sorted(known))}."
-            raise ValueError(f"{adapter}: {_CONFIGS[adapter].__name__} has no field {name!r}. {hint}")
-        if name in given:
-            raise ValueError(f"{adapter}: {name!r} comes from axolotl's own keys; leave it out of this section.")
 
 
 def _refuse(adapter: str, cfg: Any, own: dict[str, str]) -> None:

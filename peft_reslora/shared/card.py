@@ -108,10 +108,10 @@ def _native_text(config: PeftConfig) -> str:
     """How to use an adapter as it was trained, with `peft_reslora`'s own `peft_type`."""
     return f"""# {prose(method_name(config))} adapter
 
-This adapter is no standard LoRA; loading it takes the package `peft_reslora`:
+This adapter is no standard LoRA; loading it takes the package `peft_reslora`, installed in a clone of its repository:
 
 ```sh
-pip install peft_reslora
+pip install .
 ```
 
 ```python

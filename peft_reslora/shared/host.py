@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "tree_leaves"]
 
+_LOAD_ADAPTER = ("load_adapter", PeftModel.__module__)  # by the name of the function and of its module
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # those that PEFT adapts
 
 
@@ -60,10 +61,11 @@ def has_adapter(module: Any, adapter_name: str) -> bool:
 def is_being_loaded(model: nn.Module, adapter_name: str) -> bool:
     """Whether PEFT's `load_adapter`, which runs now, has itself just put the adapter into the model.
 
-    PEFT 0.21.0 to 0.21.2, which only then has a local `peft_config`; an undo of its own would end the need.
+    PEFT 0.21.0 to 0.21.2, which only then has a local `peft_config`; an undo of its own would end the need. It is
+    known by where it stands, as ms-swift puts a function of its own before it.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+    while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) != _LOAD_ADAPTER:
         frame = frame.f_back
     known: Any = {} if frame is None else frame.f_locals
     return known.get("self") is model and known.get("adapter_name") == adapter_name and "peft_config" in known

@@ -278,7 +278,7 @@ def test_cards_and_reports_show_names_and_obey_none(tmp_path: Path) -> None:
     adapter = "</code>```\n<img src=x onerror=alert(1)>"
     export = export_lora(get_peft_model(model, config, adapter_name=adapter), adapter)
     assert all(line.isprintable() for line in str(export.report).splitlines())
-    assert len(str(export.report).splitlines()) == 4
+    assert len(str(export.report).splitlines()) == 5
     export.save_pretrained(tmp_path / "lora", command=f"peft-reslora export {adapter}")
     card = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     assert all(line.isprintable() for line in card.splitlines())

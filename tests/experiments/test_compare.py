@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -200,6 +201,16 @@ def test_steps_to_the_references_loss_are_counted_on_the_smoothed_curve() -> Non
     expected = next(i + 1 for i in range(9, 100) if sum(falling[i - 9 : i + 1]) / 10 - 0.5 <= target)
     assert (lora.steps_to_reference, other.steps_to_reference) == (100, expected)
     assert [row[0] for row in table_rows([lora, other])] == ["LoRA", "Other"]
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    difference = dataclasses.replace(summaries(1.0, 3)[1].difference, mean=0.0, low=-0.004, high=0.004)
+    other = dataclasses.replace(summaries(1.0, 3)[1], difference=difference, similarity=-0.001)
+    ((_, *cells),) = table_rows([other])
+    assert "0.00 to 0.00" in cells
+    assert not any("-0.00" in cell or "+0.00" in cell for cell in cells)
+    signed = dataclasses.replace(other, difference=dataclasses.replace(difference, mean=0.006, low=-1.0, high=1.012))
+    assert {"+0.01", "-1.00 to +1.01"} <= set(table_rows([signed])[0])
 
 
 class Layers(nn.Module):

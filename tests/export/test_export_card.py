@@ -65,7 +65,7 @@ def test_the_native_card_takes_the_place_of_pefts_blanks(name: str, tmp_path: Pa
     assert cards[0] == cards[1]
     card = ModelCard.load(tmp_path / "README.md")
     assert "[More Information Needed]" not in card.text
-    assert card.text.count("pip install peft_reslora") == 1
+    assert card.text.count("pip install .") == 1
     assert "save_as_lora" in card.text
     assert "- PEFT " in card.text
     assert (card.data.base_model, card.data.library_name) == ("org/model", "peft")
@@ -87,7 +87,7 @@ def test_the_native_card_leaves_the_users_words(tmp_path: Path) -> None:
     text = file.read_text()
     assert text.startswith("---\nlicense: mit\ntags:\n- reslora\n---\n# Mine\n")
     assert text.endswith("\n## My results\n")
-    assert text.count("# ResLoRA (block) adapter") == text.count("pip install peft_reslora") == 1
+    assert text.count("# ResLoRA (block) adapter") == text.count("pip install .") == 1
     blanks = get_peft_model(net(), LoraConfig(target_modules=UP_DOWN))
     blanks.save_pretrained(tmp_path / "filled")
     filled = tmp_path / "filled" / "README.md"
@@ -100,7 +100,7 @@ def test_the_native_card_leaves_the_users_words(tmp_path: Path) -> None:
 def test_saving_a_native_adapter_writes_its_card(name: str, tmp_path: Path) -> None:
     adapted(llama(), NATIVE[name]).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "pip install peft_reslora" in text
+    assert "pip install ." in text
     config = PeftConfig.from_pretrained(tmp_path)
     assert f"otherwise says KeyError: '{config.peft_type.value}'" in text
 
@@ -108,7 +108,8 @@ def test_saving_a_native_adapter_writes_its_card(name: str, tmp_path: Path) -> N
 def test_the_report_is_a_table_and_plain_values() -> None:
     report = export_lora(adapted(net(), LoHaConfig(r=3, target_modules=UP_DOWN)), energy=0.8).report
     lines = str(report).splitlines()
-    assert len(lines) == 3 + 6
+    assert len(lines) == 3 + 6 + 1
+    assert lines[-1].startswith("rank: directions in the factors of the update; kept: ")
     assert lines[3].startswith("blocks.0.up")
     values = json.loads(json.dumps(report.to_dict()))
     assert values["layers"][0]["rank_before"] == 9

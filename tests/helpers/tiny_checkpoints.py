@@ -32,6 +32,13 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
     return str(folder)
 
 
+def write_chats(folder: Path, count: int) -> str:
+    """A data set of conversations in a folder, one split."""
+    turns = [(TEXTS[index % 5], TEXTS[(index + 1) % 5]) for index in range(count)]
+    pairs = [[{"role": "user", "content": ask}, {"role": "assistant", "content": say}] for ask, say in turns]
+    return write_rows(folder, [{"messages": pair} for pair in pairs])
+
+
 def write_images(folder: Path, count: int = 4) -> str:
     """An image folder of diffusers' and datasets' form, with captions in `text`."""
     folder.mkdir(parents=True)

@@ -100,7 +100,7 @@ def test_a_saved_adapter_is_taken_up_again(plugin, inference, tmp_path):
         ({"load_in_4bit": True}, "load_in_4bit cannot be used .* quantized already"),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"peft\.loftq_config cannot be used"),
         ({"reslora": {"shortcuts": "input"}}, "ResLoRAConfig has no field 'shortcuts'. Did you mean 'shortcut'?"),
-        ({"reslora": {"r": 2}}, "reslora: 'r' comes from axolotl's own keys"),
+        ({"reslora": {"r": 2}}, "reslora: 'r' comes from axolotl's own settings"),
         ({"lora_target_linear": True}, "leave lora_target_modules out"),
         ({"adapter": "mora"}, "lora_alpha has no meaning for `adapter: mora`; leave it out"),
     ],

@@ -77,6 +77,24 @@ def test_a_refused_adapter_is_taken_away_again(tuner: str, trainable: bool, tmp_
     assert torch.equal(output_of(model, INPUTS), expected)
 
 
+def test_a_refused_adapter_is_taken_away_behind_a_function_of_another_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ms-swift puts one before PEFT's `load_adapter`."""
+    original = PeftModel.load_adapter
+
+    def load_adapter(self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
+        return original(self, model_id, *args, **kwargs)
+
+    adapted("block").save_pretrained(tmp_path)
+    without(tmp_path, LACKING)
+    model = adapted("block")
+    monkeypatch.setattr(PeftModel, "load_adapter", load_adapter)
+    with pytest.raises(ValueError, match="does not fit adapter 'other' on this model"):
+        model.load_adapter(str(tmp_path), "other")
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("tuner", TUNERS)
 @torch.no_grad()
 def test_an_adapter_that_was_there_before_stays(tuner: str, tmp_path: Path) -> None:

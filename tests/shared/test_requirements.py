@@ -21,7 +21,7 @@ SOURCES = [file for package in sorted(OWN) for file in sorted((ROOT / package).r
 # Taken without an import of ours: templates of model cards need it.
 INDIRECT = {"jinja2"}
 # A joint is imported by its trainer, which is there then, with what it needs itself.
-TRAINERS = {"axolotl", "pydantic"}
+TRAINERS = {"axolotl", "llamafactory", "pydantic", "swift"}
 EXTRAS = ("demo", "experiments", "images", "test", "engines", "docs")
 
 
