@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,10 +51,18 @@ _RARE = ("annealed", "forgetting", "similarity")  # left out of the tables where
 
 def table_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, ...]]:
     """The cells of every method, without the header."""
-    return [_row(summary) for summary in summaries]
+    places = _places(summaries)
+    return [_row(summary, places) for summary in summaries]
 
 
-def _row(s: MethodSummary) -> tuple[str, ...]:
+def _places(summaries: Sequence[MethodSummary]) -> int:
+    """Decimals of the test metric: two at least, and two digits of the width that the intervals have."""
+    widths = [s.difference.high - s.difference.low for s in summaries if s.difference is not None]
+    width = statistics.median(widths) if widths else 0.0
+    return max(2, 1 - math.floor(math.log10(width))) if width > 0 else 2
+
+
+def _row(s: MethodSummary, places: int) -> tuple[str, ...]:
     unequal = "" if s.budget.equal else f" ({100 * (s.budget.ratio - 1):+.0f} %)"
     d = s.difference
     quarters = [f"{loss:.3f}" for loss in s.quarters] or [_MISSING] * 4
@@ -62,12 +71,12 @@ def _row(s: MethodSummary) -> tuple[str, ...]:
         f"{s.budget.parameters:,}{unequal}",
         _MISSING if s.rate is None else f"{s.rate:.1e}",
         str(len(s.tests)) + (f" ({len(s.diverged)} diverged)" if s.diverged else ""),
-        _mean_and_deviation(s.tests),
-        _MISSING if d is None else _number(d.mean, "+.2f"),
-        _MISSING if d is None else f"{_number(d.low, '+.2f')} to {_number(d.high, '+.2f')}",
+        _mean_and_deviation(s.tests, places),
+        _MISSING if d is None else _number(d.mean, f"+.{places}f"),
+        _MISSING if d is None else " to ".join(_number(bound, f"+.{places}f") for bound in (d.low, d.high)),
         "reference" if s.is_reference else _MISSING if d is None else d.verdict,
-        ", ".join(f"{value:.2f} ({name})" for name, value in s.merged.items()) or _MISSING,
-        _mean_and_deviation(s.annealed),
+        ", ".join(f"{value:.{places}f} ({name})" for name, value in s.merged.items()) or _MISSING,
+        _mean_and_deviation(s.annealed, places),
         *quarters,
         _shown(s.steps_to_reference) if s.tests else _MISSING,
         _ratio(s.cost.get("step_ratio"), s.cost.get("step_ratio_quartiles")),
@@ -85,11 +94,11 @@ def _number(value: float, form: str) -> str:
     return shown.lstrip("+-") if float(shown) == 0 else shown
 
 
-def _mean_and_deviation(values: Mapping[int, float]) -> str:
+def _mean_and_deviation(values: Mapping[int, float], places: int) -> str:
     if not values:
         return _MISSING
-    spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values.values()):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values.values()):.{places}f}{spread}"
 
 
 def _shown(steps: int | None) -> str:

@@ -206,11 +206,19 @@ def test_steps_to_the_references_loss_are_counted_on_the_smoothed_curve() -> Non
 def test_what_rounds_to_zero_has_no_sign() -> None:
     difference = dataclasses.replace(summaries(1.0, 3)[1].difference, mean=0.0, low=-0.004, high=0.004)
     other = dataclasses.replace(summaries(1.0, 3)[1], difference=difference, similarity=-0.001)
-    ((_, *cells),) = table_rows([other])
+    wide = dataclasses.replace(other, difference=dataclasses.replace(difference, low=-0.5, high=1.0))
+    cells = table_rows([other, wide, wide])[0]
     assert "0.00 to 0.00" in cells
     assert not any("-0.00" in cell or "+0.00" in cell for cell in cells)
     signed = dataclasses.replace(other, difference=dataclasses.replace(difference, mean=0.006, low=-1.0, high=1.012))
     assert {"+0.01", "-1.00 to +1.01"} <= set(table_rows([signed])[0])
+
+
+@pytest.mark.parametrize(("width", "interval"), [(20.0, "-10.00 to +10.00"), (0.02, "-0.010 to +0.010")])
+def test_the_metric_has_as_many_decimals_as_its_intervals_need(width: float, interval: str) -> None:
+    method = summaries(1.0, 3)[1]
+    difference = dataclasses.replace(method.difference, mean=0.0, low=-width / 2, high=width / 2)
+    assert interval in table_rows([dataclasses.replace(method, difference=difference)])[0]
 
 
 class Layers(nn.Module):
