@@ -20,6 +20,7 @@ from peft_reslora.shared.base_weights import (
     refuse_unreadable,
     refuse_unwritable,
 )
+from peft_reslora.shared.forwards import takes_input_by_name
 from peft_reslora.shared.host import BufferDict, apply_to_tensors, cast_input, in_out_features, own_parameter
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
@@ -220,6 +221,7 @@ class MoRALinear(nn.Module, MoRALayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
+    @takes_input_by_name
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """base(x) + sum over the active adapters of decompress(scaling M compress(dropout(x)))."""
         if self.disable_adapters and self.merged:

@@ -35,6 +35,7 @@ from peft_reslora.shared.base_weights import (
     refuse_overflow,
     refuse_unwritable,
 )
+from peft_reslora.shared.forwards import takes_input_by_name
 from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, unseen_by_modes
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
@@ -125,6 +126,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         for variant in self.lora_variant.values():
             if isinstance(variant, ResLoRAVariant):
                 variant.chain.enter(variant.position, self)
+
+    @takes_input_by_name
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(*args, **kwargs)
 
     # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.

@@ -69,12 +69,17 @@ def find_targets(
         state_dict: where given, its keys and not `config` choose the layers, as in PEFT.
 
     Raises:
-        ValueError: naming layers, or experts, that were asked for and cannot be adapted.
+        ValueError: naming layers, or experts, that were asked for and cannot be adapted; or if there is none.
     """
     named = state_dict is not None or not (config.target_modules is None or _is_all_linear(config))
     resolved = _resolved(model, config, defaults)
     if resolved is None:
         return Targets({})  # PEFT asks for target_modules in its own words
+    if _is_all_linear(config) and not resolved.target_modules and state_dict is None:
+        raise ValueError(
+            f"target_modules='all-linear' selects nothing: {type(model).__name__} has no linear layers that "
+            f"{_tuner(config)} could adapt. Name other layers in target_modules."
+        )
     if state_dict is None:
         _mention_experts(model, config, resolved, named)
     modules = dict(model.named_modules())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 Mask = Callable[[str, torch.Tensor], torch.Tensor]
@@ -34,7 +35,8 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
         if "lora_magnitude" in name:
             parameter.data.mul_(1.2 + 0.3 * torch.randn(parameter.shape, generator=generator).sin())
         elif _FACTOR.search(name):
-            scale = 0.5 / parameter.shape[-1] ** 0.5
+            inputs = parameter[0].numel() if parameter.ndim > 2 else parameter.shape[-1]
+            scale = 0.5 / inputs**0.5
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -88,16 +90,22 @@ def run_oracle(
     seen: dict[str, torch.Tensor] = {}
     handles = []
 
+    def down(name: str, A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x @ A.T if A.ndim == 2 else _convolve(modules[name], A, x)
+
+    def up(B: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ B.T if B.ndim == 2 else torch.einsum("or,br...->bo...", B.flatten(1), hidden)
+
     def delta(chain: list[str], n: int) -> torch.Tensor:
         name, x = chain[n], seen[chain[n]]
         A, B, s = factors[name]
         earlier = chain[max(0, n - pre_num) : n] if pre_num != -1 else chain[:n]
         if shortcut == "input":
             previous = seen[chain[n - 1]] if n else x
-            return s * mask(name, x + previous) @ A.T @ B.T
+            return s * up(B, down(name, A, mask(name, x + previous)))
         if shortcut == "block":
-            return sum(factors[k][2] * mask(name, x) @ factors[k][0].T @ factors[k][1].T for k in [name, *earlier])
-        return s * sum(mask(k, seen[k]) @ factors[k][0].T for k in [name, *earlier]) @ B.T
+            return sum(s * up(B, down(name, A, mask(name, x))) for A, B, s in (factors[k] for k in [name, *earlier]))
+        return s * up(B, sum(down(k, factors[k][0], mask(k, seen[k])) for k in [name, *earlier]))
 
     for chain in chains:
         for n, name in enumerate(chain):
@@ -112,3 +120,9 @@ def run_oracle(
     for handle in handles:
         handle.remove()
     return output
+
+
+def _convolve(layer: Any, kernel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """As the layer, of one group and padded with zeros, does it with its own kernel."""
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[kernel.ndim]
+    return convolution(x, kernel, None, layer.stride, layer.padding, layer.dilation)

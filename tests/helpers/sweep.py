@@ -1,10 +1,13 @@
-"""A sweep over the model types of the installed transformers: what ResLoRA makes of each, shrunken and untrained.
+"""A sweep over the models of the installed transformers and diffusers: what ResLoRA and MoRA make of each, shrunken
+and untrained.
 
-    PYTHONPATH=tests python -m helpers.sweep --write docs/models.md      (an hour on two cores; nothing is downloaded)
-    PYTHONPATH=tests python -m helpers.sweep qwen3_next swin             (these only, printed)
+    PYTHONPATH=tests python -m helpers.sweep transformers --write docs/models.md (an hour on two cores, no downloads)
+    PYTHONPATH=tests python -m helpers.sweep diffusers --write docs/models.md    (minutes)
+    PYTHONPATH=tests python -m helpers.sweep transformers qwen3_next swin        (these only, printed)
 
-Each model is built from its default config with small sizes, adapted with "all-linear", and compared with hooks on the
-plain model in float64, output and gradients. `tests/slow/test_sweep.py` runs a few of them.
+Each model is built with small sizes, adapted, and compared with hooks on the plain model in float64, output and
+gradients. Of transformers it is a model type's default config (`transformers_models.py`), of diffusers a model class
+(`diffusers_models.py`). `tests/slow/test_sweep.py` runs a few of them.
 """
 
 from __future__ import annotations
@@ -16,99 +19,32 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from helpers import oracle
+import transformers
+from helpers import diffusers_models, oracle, transformers_models
 from helpers.oracle import factors_of, randomize_adapters, relative_error, run_oracle
 from peft import get_peft_model
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, __version__
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora import ResLoRAConfig
+from peft_reslora import MoRAConfig, ResLoRAConfig
 from peft_reslora.reslora.linking import chains_of
 
-MODES = [("input", 1), ("block", 1), ("middle", 1)]
+MODES = {"input": ("input", 1), "block": ("block", 1), "block of all": ("block", -1), "middle": ("middle", 1)}
+MORA = "MoRA"
 TOLERANCE = 1000 * torch.finfo(torch.float32).eps  # models compute norms, softmax and rotations in float32
-PARAMETERS = 5_000_000  # of one model
 SECONDS = 60  # of the processor, for one model
-_PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_types")
-
-# The first pattern that is found in a field's name gives its size; sizes that are smaller already stay.
-_SIZES: list[tuple[str, int]] = [
-    (r"conv|feat_extract|num_labels", 10**9),
-    (r"vocab_size|num_embeddings", 99),
-    (r"period|depths", 2),
-    (r"window_size", 4),
-    (r"offset|n_groups", 1),
-    (r"kv_shared|nextn|mtp|num_dense|first_k_dense", 1),
-    (r"experts_per_tok|top_?k", 2),
-    (r"experts", 4),
-    (r"(key_value|kv|value|key)_heads|query_groups|multi_query_group", 2),
-    (r"heads|n_head", 4),
-    (r"mamba_(d_head|head_dim)", 16),
-    (r"head_dim|d_kv|head_size|rope_dim|kv_channels", 8),
-    (r"rank", 8),
-    (r"layers|^depth$|n_layer$|num_blocks", 4),
-    (r"max_.*(position|length|len)|n_positions|seq_len|n_ctx|context_length", 64),
-    (r"image_size|^img_size|input_size", 32),
-    (r"patch_size", 8),
-    (r"intermediate|ffn|d_ff|n_inner|mlp_dim|shared_size", 48),
-    (r"state_size|d_state", 4),
-    (r"hidden_size|d_model|n_embd|embed(ding)?_(dim|size)|hidden_dim|^dim$|projection_dim|width|lru_width", 32),
-]
-_DERIVED = ("per_layer_config", "transformers_version", "architectures")  # of the other fields
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
-def shrink(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's fields with small sizes, whatever the model; two blocks of each kind where kinds alternate."""
-    small = {key: _small(key, value) for key, value in values.items() if key not in _DERIVED}
-    depth = next((len(small[key]) for key in _PER_LAYER if isinstance(small.get(key), list)), 4)
-    if "kv_lora_rank" in small and "num_key_value_heads" in small:
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    for key in ("num_hidden_layers", "num_layers"):
-        if isinstance(before := values.get(key), int):
-            small[key] = min(before, depth)
-            for other, value in values.items():  # such as one width for each layer
-                if isinstance(value, list) and len(value) == before and other not in _PER_LAYER:
-                    small[other] = small[other][: small[key]]
-    return small
-
-
-def _small(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return shrink(value) if key.endswith("config") or "model_type" in value else value
-    if key in _PER_LAYER and isinstance(value, list):
-        return list(dict.fromkeys(value)) * 2
-    if key.endswith(("token_id", "token_index")):
-        return value if value is None or isinstance(value, list) else min(value, _TOKENS.get(key, 3))
-    if isinstance(value, list | tuple) and re.search("intermediate|depths|heads", key):
-        return [2 if "heads" in key else _small(key, member) for member in value]
-    if isinstance(value, bool) or not isinstance(value, int):
-        return value
-    size = next((size for pattern, size in _SIZES if re.search(pattern, key)), value)
-    return min(value, size)
-
-
-def build(model_type: str) -> nn.Module:
-    """The shrunken model, with weights of a size that matters."""
-    default = CONFIG_MAPPING[model_type]()
-    config: PretrainedConfig = type(default).from_dict(shrink(default.to_dict()))
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
-    if size > PARAMETERS:
-        raise ValueError(f"{size} parameters in the smallest model that could be made")
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, attn_implementation="eager")
-    with suppress(Exception):  # models without experts
-        model.set_experts_implementation("eager")
+def weigh(model: nn.Module) -> nn.Module:
+    """The model with weights of a size that matters."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -116,31 +52,7 @@ def build(model_type: str) -> nn.Module:
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
         elif not parameter.any():
             parameter.data.fill_(0.1)  # gates that let nothing through
-    return model.eval()
-
-
-def inputs_of(model: nn.Module) -> list[dict[str, Any]]:
-    """What the model's forward may take, to be tried in turn."""
-    torch.manual_seed(1)
-    config = model.config
-    tokens = torch.randint(4, 90, (2, 8))
-    image = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 32)
-    height, width = image if isinstance(image, list | tuple) else (image, image)
-    pixels = torch.randn(2, getattr(config, "num_channels", 3), height, width)
-    mels = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
-    sound = torch.randn(2, mels, 2 * getattr(config, "max_source_positions", 16))
-    text = {"input_ids": tokens}
-    known = [
-        text,
-        {**text, "decoder_input_ids": tokens[:, :5]},
-        {"pixel_values": pixels},
-        {**text, "pixel_values": pixels},
-        {"input_features": sound, "decoder_input_ids": tokens[:, :5]},
-        {"input_features": sound.transpose(1, 2)},
-        {"input_values": torch.randn(2, 800)},
-        {"input_values": torch.randn(2, 1, 64, 64)},
-    ]
-    return [inputs for inputs in known if model.main_input_name in inputs]
+    return model
 
 
 def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -158,11 +70,55 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+@dataclass(frozen=True)
+class Library:
+    """Where models come from, and what is asked of them."""
+
+    version: str
+    kind: str
+    names: Callable[[], list[str]]
+    build: Callable[[str], nn.Module]
+    inputs_of: Callable[[nn.Module], Iterable[dict[str, Any]]]
+    targets_of: Callable[[str, nn.Module], Any]
+    adapted: str  # what is, and what is to be known of it
+    reasons: bool  # whether the page says why models are not swept
+    modes: tuple[str, ...]
+
+
+LIBRARIES = {
+    "transformers": Library(
+        transformers.__version__,
+        "model types",
+        transformers_models.names,
+        transformers_models.build,
+        transformers_models.inputs_of,
+        lambda name, model: "all-linear",
+        "all linear layers targeted",
+        False,
+        ("input", "block", "middle"),
+    ),
+    "diffusers": Library(
+        diffusers.__version__,
+        "model classes",
+        diffusers_models.names,
+        diffusers_models.build,
+        diffusers_models.inputs_of,
+        diffusers_models.targets_of,
+        "all linear layers targeted; of autoencoders, and where it says so, also convolutions in one group padded "
+        "with zeros, but not by MoRA. Most have layers that all get one input: those of adaptive norms and time "
+        "embeddings, keys and values of cross-attention. There `input` is LoRA at twice the scaling; "
+        "`describe_chains(model, batch=...)` names them",
+        True,
+        (*MODES, MORA),
+    ),
+}
+
+
 @dataclass
 class Verdict:
-    """What became of one model type: chains, links, and by shortcut 'right' or what went wrong."""
+    """What became of one model: chains, links, and by shortcut 'right' or what went wrong."""
 
-    model_type: str
+    name: str
     skipped: str = ""
     layers: int = 0
     chains: int = 0
@@ -175,26 +131,29 @@ class Verdict:
         return [f"{s}: {v}" for s, v in self.by_shortcut.items() if v.startswith(("wrong", "crash"))]
 
 
-def sweep(model_type: str) -> Verdict:
+def sweep(name: str, library: str = "transformers") -> Verdict:
     """Build the model, run it, and compare each shortcut with the oracle."""
-    verdict = Verdict(model_type)
+    verdict, source = Verdict(name), LIBRARIES[library]
     try:
         with _at_most(SECONDS):
-            base = build(model_type).double()
-            if not any(isinstance(module, nn.Linear | Conv1D) for module in base.modules()):
+            base = weigh(source.build(name)).double().eval()
+            targets = source.targets_of(name, base)
+            if targets == "all-linear" and not any(isinstance(m, nn.Linear | Conv1D) for m in base.modules()):
                 raise ValueError("no linear layers to adapt")
-            inputs = _inputs_that_run(base)
-            for shortcut, pre_num in MODES:
-                verdict.by_shortcut[shortcut] = _compare(base, inputs, shortcut, pre_num, verdict)
+            if not targets:
+                raise ValueError("no linear layers, nor convolutions of torch's own classes")
+            inputs = _inputs_that_run(base, source.inputs_of(base))
+            for mode in source.modes:
+                verdict.by_shortcut[mode] = _compare(base, inputs, mode, targets, verdict)
     except Exception as error:
         verdict.skipped = f"{type(error).__name__}: {_first_line(error)}"
     return verdict
 
 
-def _inputs_that_run(base: nn.Module) -> dict[str, Any]:
+def _inputs_that_run(base: nn.Module, candidates: Iterable[dict[str, Any]]) -> dict[str, Any]:
     errors = []
-    for inputs in inputs_of(base):
-        inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    for inputs in candidates:
+        inputs = {key: _in_double(value) for key, value in inputs.items()}
         try:
             first, second = (output_of(copy.deepcopy(base), inputs) for _ in range(2))
             first.sum().backward()
@@ -206,53 +165,79 @@ def _inputs_that_run(base: nn.Module) -> dict[str, Any]:
     raise ValueError(f"none of the inputs runs, the first with: {_first_line(errors[0]) if errors else 'no gradient'}")
 
 
-def _compare(base: nn.Module, inputs: dict[str, Any], shortcut: str, pre_num: int, verdict: Verdict) -> str:
-    config = ResLoRAConfig(r=2, target_modules="all-linear", shortcut=shortcut, pre_num=pre_num)
+def _in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _compare(base: nn.Module, inputs: dict[str, Any], mode: str, targets: Any, verdict: Verdict) -> str:
+    config: Any = MoRAConfig(r=2, mora_type="sharing", target_modules="all-linear")
+    if mode != MORA:
+        shortcut, pre_num = MODES[mode]
+        config = ResLoRAConfig(r=2, target_modules=targets, shortcut=shortcut, pre_num=pre_num)
     try:
         model = randomize_adapters(get_peft_model(copy.deepcopy(base), config)).double().eval()
-    except ValueError as error:
-        return f"refused: {_first_line(error)}" if _is_ours(error) else f"crash: {_first_line(error)}"
+    except Exception as error:
+        return f"{'refused' if _is_ours(error) else 'crash'}: {_first_line(error)}"
     chains = [chain.names for chain in chains_of(model, "default")]
-    verdict.layers, verdict.chains = sum(map(len, chains)), len(chains)
-    verdict.links = verdict.layers - verdict.chains
+    if chains:
+        verdict.layers, verdict.chains = sum(map(len, chains)), len(chains)
+        verdict.links = verdict.layers - verdict.chains
     try:
         actual = output_of(model, inputs)
         probe = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         (actual * probe).sum().backward()
     except Exception as error:
         return f"{'error' if _is_ours(error) else 'crash'}: {_first_line(error)}"
-    expected, gradients = _expected(base, inputs, model, chains, shortcut, pre_num, probe)
-    return _judge(model, actual, expected, gradients)
+    if mode == MORA:
+        expected, pairs = _with_squares(base, inputs, model)
+    else:
+        expected, pairs = _with_chains(base, inputs, model, chains, mode)
+    (expected * probe).sum().backward()
+    return _judge(actual, expected, pairs)
 
 
-def _expected(
-    base: nn.Module,
-    inputs: dict[str, Any],
-    model: nn.Module,
-    chains: list[list[str]],
-    shortcut: str,
-    pre_num: int,
-    probe: torch.Tensor,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # a parameter of ours, and the oracle's copy
+
+
+def _with_chains(
+    base: nn.Module, inputs: dict[str, Any], model: nn.Module, chains: list[list[str]], mode: str
+) -> tuple[torch.Tensor, Pairs]:
     factors = factors_of(model)
     with _replaced(oracle, "chains_by_block", lambda *_: chains):
-        expected = run_oracle(base, inputs, factors, shortcut, pre_num, output_of)
-    (expected * probe).sum().backward()
-    gradients = {}
+        expected = run_oracle(base, inputs, factors, *MODES[mode], output_of)
+    pairs = []
     for name, (A, B, _) in factors.items():
-        gradients |= {f"{name}.lora_A": A.grad, f"{name}.lora_B": B.grad}
-    return expected, gradients
+        layer = model.get_submodule(f"base_model.model.{name}")
+        pairs += [(layer.lora_A["default"].weight, A), (layer.lora_B["default"].weight, B)]
+    return expected, pairs
 
 
-def _judge(
-    model: nn.Module, actual: torch.Tensor, expected: torch.Tensor, gradients: dict[str, torch.Tensor | None]
-) -> str:
+def _with_squares(base: nn.Module, inputs: dict[str, Any], model: nn.Module) -> tuple[torch.Tensor, Pairs]:
+    """MoRA with sharing, as the matrices that its compression and decompression are."""
+    base, pairs = copy.deepcopy(base), []
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "mora_M"):
+            continue
+        ours = layer.mora_M["default"]
+        square, q = ours.detach().clone().requires_grad_(), len(ours)
+        entries = torch.arange(-(-layer.in_features // q) * q)
+        compress = torch.zeros(q, layer.in_features, dtype=torch.float64)
+        compress.index_put_((entries % q, entries % layer.in_features), torch.ones(()).double(), accumulate=True)
+        delta = (square @ compress)[torch.arange(layer.out_features) % q]
+        base.get_submodule(name.removeprefix("base_model.model.")).register_forward_hook(
+            lambda module, args, output, delta=delta: output + args[0] @ delta.T
+        )
+        pairs.append((ours, square))
+    return output_of(base, inputs), pairs
+
+
+def _judge(actual: torch.Tensor, expected: torch.Tensor, pairs: Pairs) -> str:
     worst = relative_error(actual, expected)
-    largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
-    for name, leaf in gradients.items():
-        ours = model.get_submodule(f"base_model.model.{name}")["default"].weight.grad
-        ours, theirs = (0.0 if g is None else g.double() for g in (ours, leaf))
-        difference = torch.as_tensor(ours - theirs).norm() / max(float(torch.as_tensor(theirs).norm()), 1e-3 * largest)
+    largest = max((float(leaf.grad.norm()) for _, leaf in pairs if leaf.grad is not None), default=0.0)
+    for ours, leaf in pairs:
+        gradients = (torch.zeros_like(leaf) if p.grad is None else p.grad.double() for p in (ours, leaf))
+        actual, expected = gradients
+        difference = (actual - expected).norm() / max(float(expected.norm()), 1e-3 * largest)
         worst = max(worst, float(difference))
     return "right" if worst < TOLERANCE else f"wrong by {worst:.1e}"
 
@@ -290,52 +275,66 @@ def _at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def page(verdicts: list[Verdict]) -> str:
-    """The verdicts as a page in Markdown."""
-    verdicts = sorted(verdicts, key=lambda verdict: verdict.model_type)
-    swept = [v for v in verdicts if not v.skipped]
+_HEAD = """# Models
+
+Made by `PYTHONPATH=tests python -m helpers.sweep LIBRARY --write docs/models.md`: models in small sizes, output and
+gradients compared with the plain model in float64. *right* is right up to rounding; *refused* is refused at injection,
+*error* in the forward pass, both with the cause. Where `input` and `middle` are not right, use `block`, or leave the
+layers out that the message names.
+"""
+
+
+def page(library: str, verdicts: list[Verdict], before: str = "") -> str:
+    """The page in Markdown, with the verdicts on one library and what `before` says of others."""
+    parts = re.split(r"^## (.+)$", before, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True)) | {library: _section(library, verdicts)}
+    return "\n".join([_HEAD, *(f"## {name}\n\n{sections[name].strip()}\n" for name in LIBRARIES if name in sections)])
+
+
+def _section(library: str, verdicts: list[Verdict]) -> str:
+    source = LIBRARIES[library]
+    verdicts = sorted(verdicts, key=lambda verdict: verdict.name)
+    swept, others = ([v for v in verdicts if bool(v.skipped) is skipped] for skipped in (False, True))
+    count = len({v.name.removesuffix(diffusers_models.CONVOLVED) for v in swept})
+    columns = [source.kind, "layers", "chains", "links", *source.modes, "what to do"]
+    more = f"{len(others)} more were not swept, since no small model of them could be built and run without their own"
+    named = f"{more} preparation: {', '.join(v.name for v in others)}."
+    explained = [f"{more} preparation:", "", *(f"- {v.name}: {v.skipped.partition(': ')[2]}" for v in others)]
     lines = [
-        "# Models",
+        f"{count} {source.kind} of {library} {source.version}, {source.adapted}.",
         "",
-        "Made by `PYTHONPATH=tests python -m helpers.sweep --write docs/models.md` with transformers "
-        f"{__version__}: {len(swept)} model types in small sizes, all linear layers targeted, output "
-        "and gradients compared with the plain model in float64. *right* is right up to rounding; *refused* is "
-        "refused at injection, *error* in the forward pass, both with the cause. Where `input` and `middle` are not "
-        "right, use `block`, or leave the layers out that the message names.",
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
+        *(_row(v, source.modes) for v in swept),
         "",
-        "| model type | layers | chains | links | input | block | middle | what to do |",
-        "|" + " --- |" * 8,
-        *(_row(v) for v in swept),
-        "",
-        f"{len(verdicts) - len(swept)} more types were not swept, since no small model of them could be built and run "
-        "without their own preparation: " + ", ".join(v.model_type for v in verdicts if v.skipped) + ".",
-        "",
+        *(explained if source.reasons else [named]),
     ]
     return "\n".join(lines)
 
 
-def _row(v: Verdict) -> str:
-    words = [v.by_shortcut.get(shortcut, "-").split(":")[0] for shortcut, _ in MODES]
+def _row(v: Verdict, modes: Iterable[str]) -> str:
+    words = [v.by_shortcut.get(mode, "-").split(":")[0] for mode in modes]
     reasons = dict.fromkeys(verdict for verdict in v.by_shortcut.values() if verdict != "right")
     advice = "; ".join(reason.replace("|", "/")[:300] for reason in list(reasons)[:1])
-    return f"| {v.model_type} | {v.layers} | {v.chains} | {v.links} | {' | '.join(words)} | {advice} |"
+    return f"| {v.name} | {v.layers} | {v.chains} | {v.links} | {' | '.join(words)} | {advice} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_types", nargs="*", default=sorted(CONFIG_MAPPING_NAMES))
-    parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--write", type=Path, help="the page, of which the library's section is replaced")
     args = parser.parse_args()
     verdicts = []
-    for model_type in args.model_types:
+    for name in args.names or LIBRARIES[args.library].names():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            verdicts.append(sweep(model_type))
+            verdicts.append(sweep(name, args.library))
         sys.stdout.write(f"{verdicts[-1]}\n")
         sys.stdout.flush()
-        if args.write:
-            args.write.parent.mkdir(exist_ok=True)
-            args.write.write_text(page(verdicts), encoding="utf-8")
+    if args.write:
+        before = args.write.read_text(encoding="utf-8") if args.write.exists() else ""
+        args.write.write_text(page(args.library, verdicts, before), encoding="utf-8")
     return 1 if any(v.unclear for v in verdicts) else 0
 
 

@@ -341,3 +341,9 @@ def test_default_targets_that_are_an_expression(tuner):
         adapted = get_peft_model(model, config_of(tuner, r=2))
     names = [f"language_model.layers.{i}.{role}" for i in range(3) for role in ("q_proj", "v_proj")]
     assert list(tuner_layers(adapted)) == [name for name in names if name != "language_model.layers.1.v_proj"]
+
+
+@pytest.mark.parametrize("config", [ResLoRAConfig, MoRAConfig])
+def test_all_linear_of_a_model_without_linear_layers_is_refused(config):
+    with pytest.raises(ValueError, match=r"Sequential has no linear layers that .* could adapt. Name other layers"):
+        get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), config(target_modules="all-linear"))

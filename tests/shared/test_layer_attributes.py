@@ -46,6 +46,38 @@ def test_what_lora_layers_have_is_there_in_reslora():
     assert set(public(LoraConfig(target_modules=["0"]))) <= set(public(ResLoRAConfig(target_modules=["0"])))
 
 
+class ByName(nn.Module):
+    """Gives a layer its input by the name that torch's layers have for it, as diffusers' motion modules do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.filterwarnings("ignore:.*no shortcut at all")
+@pytest.mark.parametrize(
+    ("config", "layer", "x"),
+    [
+        (ResLoRAConfig, nn.Linear(5, 7), torch.randn(2, 5)),
+        (MoRAConfig, nn.Linear(5, 7), torch.randn(2, 5)),
+        (ResLoRAConfig, nn.Conv2d(5, 7, 3), torch.randn(2, 5, 4, 4)),
+        (ResLoRAConfig, nn.Embedding(5, 7), torch.tensor([[1, 2, 0]])),
+    ],
+)
+def test_a_layer_takes_its_input_by_name_as_the_base_does(config, layer, x):
+    x = x.double() if x.is_floating_point() else x
+    base = ByName(layer)
+    model = randomize_adapters(get_peft_model(copy.deepcopy(base), config(r=2, target_modules=["layer"])).double())
+    by_place = model.base_model.model.layer(x)
+    assert torch.equal(model(x), by_place)
+    assert relative_error(by_place, base(x)) > 0.01
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+
+
 def scaled_updates(model: PeftModel, scale: float) -> dict[str, torch.Tensor]:
     """The oracle: each layer's update measured through its own forward, times the scale."""
     updates = {}
