@@ -75,10 +75,18 @@ def plain_pass(chain: Chain, position: int, layer: Any, x: torch.Tensor) -> Plai
 def add_plainly(
     running: PlainPass, chain: Chain, position: int, x: torch.Tensor, result: torch.Tensor
 ) -> torch.Tensor:
-    """The base layer's output `result` plus the update; in the dtype of the factors, if that is wider."""
+    """The base layer's output `result` plus the update.
+
+    In the dtype of `result`; in that of the factors, if that is wider and x has been cast to it, as PEFT does for
+    several adapters, whose sum is rounded once.
+    """
     scope, terms = running
     layer, A, B, scaling = terms[position]
     layer.called_adapters.add(chain.adapter_name)
+    if x.dtype is not A.dtype:
+        dtype = result.dtype
+    elif (dtype := torch.promote_types(result.dtype, A.dtype)) is not result.dtype:
+        result = result.to(dtype)
     match chain.config.shortcut:
         case "input":
             hidden = F.linear(_summed(chain.relay, scope, position, x, A.dtype), A)
@@ -88,8 +96,11 @@ def add_plainly(
             for previous in earlier:
                 hidden = hidden + previous
         case _:
-            return _with_updates(chain, scope, position, x if x.dtype is A.dtype else x.to(A.dtype), result, terms)
-    return _add_update(result, hidden, B, scaling)
+            x = x if x.dtype is A.dtype else x.to(A.dtype)
+            output = _with_updates(chain, scope, position, x, result, terms)
+            return output if output.dtype is dtype else output.to(dtype)
+    output = _add_update(result, hidden, B, scaling)
+    return output if output.dtype is dtype else output.to(dtype)
 
 
 def _plain_terms(chain: Chain) -> list[PlainTerm] | None:
@@ -146,7 +157,7 @@ def _stack(chain: Chain, terms: Sequence[PlainTerm]) -> Stack:
 
 
 def _add_update(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """result + s B hidden; in the dtype of `hidden`, if that is wider."""
-    if result.numel() < _FEW:
+    """result + s B hidden, in the wider of their dtypes or that of `result`."""
+    if result.numel() < _FEW or torch.promote_types(result.dtype, hidden.dtype) is not hidden.dtype:
         return torch.add(result, F.linear(hidden, B), alpha=scaling)
     return expand(result, hidden, B, scaling)

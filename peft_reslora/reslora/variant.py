@@ -58,7 +58,8 @@ class ResLoRAVariant(LoraVariant):
         if (running := plain_pass(self.chain, self.position, module, x)) is None:
             return None
         result = module.base_layer(x)
-        return add_plainly(running, self.chain, self.position, x, result).to(result.dtype)
+        output = add_plainly(running, self.chain, self.position, x, result)
+        return output if output.dtype is result.dtype else output.to(result.dtype)
 
     def _input(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 2: A_n D(x_n + x_{n-1}), where x_{-1} := x_0.

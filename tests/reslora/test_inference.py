@@ -179,3 +179,31 @@ def test_autocast_and_inputs_in_half_precision_keep_their_numbers(shortcut: str,
             module.bfloat16()
     assert_near(quick(model, x.bfloat16()), ordinary(model, x.bfloat16()), bound)
     assert taken
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+@pytest.mark.parametrize("rows", [1, 9000])
+@pytest.mark.parametrize(
+    ("of_input", "of_base"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_outputs_have_the_dtype_that_they_have_in_the_ordinary_way(
+    shortcut: str, rows: int, of_input: str, of_base: str, taken: list[int]
+) -> None:
+    """Of each adapter, as layers see it that leave it at that, such as the quantized ones of bitsandbytes."""
+    model, seen = filled(shortcut, 1).float(), list[torch.Tensor]()
+    layer = next(iter(tuner_layers(model).values()))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x, result = x.to(getattr(torch, of_input)), layer.base_layer(x).to(getattr(torch, of_base))
+        seen.append(layer.lora_variant["default"].forward(layer, "default", x, result))
+        return seen[-1].float()
+
+    layer.forward = forward
+    x = data(rows, 5).float()
+    ordinary(model, x)
+    assert not taken
+    quick(model, x)
+    assert taken
+    expected, found = seen
+    assert found.dtype == expected.dtype
+    assert_near(found, expected.detach(), half_rounding(4, torch.bfloat16))
