@@ -1,6 +1,6 @@
 """Where the time of a training step goes: ResLoRA, MoRA rotation and PEFT's LoRA beside the frozen base's step.
 
-    python benchmarks/profile_step.py                    # about ten minutes on one CPU core
+    python benchmarks/profile_step.py                    # twenty minutes on one CPU core
     python benchmarks/profile_step.py --tokens 256
 
 A step is that of `train_step.py`, on one sequence and with as many heads for keys and values as for queries, seen by
