@@ -509,6 +509,15 @@ class Linear(ResLoRALayer, lora.Linear):
 
     is_plain = True
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in PEFT, and in generation, with one adapter, in fewer steps than there."""
+        if not (torch.is_grad_enabled() or args or kwargs or self.merged_adapters or self.disable_adapters):
+            names = self.active_adapters
+            variant = self.lora_variant.get(names[0]) if len(names) == 1 else None
+            if isinstance(variant, ResLoRAVariant) and (output := variant.forward_alone(self, x)) is not None:
+                return output
+        return super().forward(x, *args, **kwargs)
+
 
 class Convolution(ResLoRALayer):
     """PEFT's layers over convolutions with shortcuts."""

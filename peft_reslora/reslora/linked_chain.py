@@ -87,8 +87,7 @@ class Chain:
         Raises:
             RuntimeError: if it is not in the model.
         """
-        member = self._members[position]
-        layer = None if member is None else member()
+        layer = self.find(position)
         if layer is None:
             raise RuntimeError(
                 f"Layer {self.names[position]!r}, which is in one chain of adapter {self.adapter_name!r} with "
@@ -125,8 +124,12 @@ class Chain:
 
     def has(self, position: int) -> bool:
         """Whether the layer at `position` is in the model."""
+        return self.find(position) is not None
+
+    def find(self, position: int) -> Any:
+        """The layer at `position`, or None if it is not in the model."""
         member = self._members[position]
-        return member is not None and member() is not None
+        return None if member is None else member()
 
     def span(self, position: int) -> range:
         """The layer's position and those of the earlier layers that feed it, nearest first."""

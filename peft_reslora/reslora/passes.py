@@ -25,6 +25,8 @@ from peft_reslora.shared.host import pre_hooks, remove_hooks
 class Given:
     """What one layer has handed on: the tensor, its version then, and the regions in which it ran."""
 
+    __slots__ = ("regions", "takers", "value", "version")
+
     def __init__(self, value: torch.Tensor, version: int, regions: dict[Region, Taken], takers: int) -> None:
         self.value = value
         self.version = version
@@ -54,13 +56,18 @@ class Scope:
         self.sums = SharedSum()
         self.totals: dict[int, tuple[int, bool, torch.Tensor]] = {}  # of each chain: see `Relay.total`
         self.facts: dict[int, Any] = {}  # of each chain: see `Relay.once`
+        self.terms: dict[int, Any] = {}  # of each chain: see `inference.py`
+        self.stacks: dict[int, Any] = {}  # likewise
         self.around: Surroundings | None = None
         self.nest = NO_REGION
+        self.plain = False  # made without gradients, outside of all regions, hooks and backward passes
         self.inner: tuple[Surroundings, Nest] | None = None  # the region last seen within this call
 
     def close(self) -> None:
         self.sums.forget()
         self.totals.clear()
+        self.terms.clear()
+        self.stacks.clear()
         for forward_pass in self.passes.values():
             forward_pass.given.clear()
 
@@ -78,9 +85,8 @@ _running = _Running()
 def innermost_scope(doorways: Sequence[Doorway]) -> Scope | None:
     """The innermost call that runs in this thread of a module on which one of the doorways stands."""
     for scope in reversed(_running.scopes):
-        for doorway in doorways:
-            if scope.doorway is doorway:
-                return scope
+        if scope.doorway in doorways:
+            return scope
     return None
 
 
@@ -95,6 +101,7 @@ class Doorway:
             outer = scopes[-1] if scopes else None
             scope.around = Surroundings.now()
             scope.nest = nest_in(outer, scope.around)
+            scope.plain = scope.nest is NO_REGION and scope.around == (None, False, -1)
         scopes.append(scope)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

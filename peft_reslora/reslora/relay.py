@@ -71,6 +71,7 @@ class Relay:
         self.hands_factors = shortcut == "block"
         self.accumulates = pre_num == -1 and not self.hands_factors
         self.pre_num = 1 if self.accumulates else reach(len(names), pre_num)
+        self._givers = [range(n - 1, n - 1 - reach(n, self.pre_num), -1) for n in range(len(names))]
 
     def crosses_graphs(self, position: int) -> bool:
         """Whether the running layer's neighbors may have graphs of their own, as in re-entrant checkpointing.
@@ -130,6 +131,26 @@ class Relay:
         sums = scope.sums if scope is not None and nest is NO_REGION else None
         return Handed(value, earlier, first is not None, sums)
 
+    def plain_scope(self) -> Scope | None:
+        """The innermost running call of a module that holds the chain, if it is `plain`."""
+        scope = self._scope()
+        return scope if scope is not None and scope.plain else None
+
+    def pass_plainly(
+        self, scope: Scope, position: int, value: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`pass_on` in a plain scope: the layer's own tensor, and those that it takes."""
+        forward_pass = self._running_pass(scope, position)
+        earlier: list[torch.Tensor] = []
+        for giver in self._givers[position]:
+            given = forward_pass.given[giver]
+            self._check(given.value, given.version, value, giver, position)
+            earlier.append(given.value)
+        if self.accumulates:
+            value, earlier = sum(earlier, value), []
+        self._hand_on(forward_pass, position, value, {})
+        return value, earlier
+
     def once(self, make: Callable[[], _T], otherwise: Callable[[], _T]) -> _T:
         """What `make` gives, asked once in a forward pass; outside of one, what `otherwise` gives."""
         scope = self._scope()
@@ -169,9 +190,6 @@ class Relay:
         """The innermost running call of a module that holds the chain."""
         return innermost_scope(self.doorways)
 
-    def _givers(self, position: int) -> range:
-        return range(position - 1, position - 1 - reach(position, self.pre_num), -1)
-
     def _running_pass(self, scope: Scope | None, position: int) -> ForwardPass:
         forward_pass = None if scope is None else scope.passes.get(self.key)
         if self.hands_factors:  # layers may be left out, so that no layer is sure to be the first
@@ -195,7 +213,7 @@ class Relay:
         """What a layer that runs for the first time takes, and what its regions keep of it."""
         earlier: list[Any] = []
         kept: dict[Region, list[Kept | None]] = {region: [] for region in nest.recording}
-        for giver in self._givers(position):
+        for giver in self._givers[position]:
             given = forward_pass.given.get(giver)
             value = None if given is None else self._usable(given, forward_pass, giver, position, carrier, nest)
             earlier.append(value)
@@ -255,7 +273,7 @@ class Relay:
         """What a recomputed layer takes: what it took the first time."""
         earlier: list[Any] = []
         kept: dict[Region, list[Kept | None]] = {region: [] for region in nest.recording}
-        for giver, before in zip(self._givers(position), first.values, strict=True):
+        for giver, before in zip(self._givers[position], first.values, strict=True):
             value: torch.Tensor | None = None
             seen: dict[Region, Kept | None] = dict.fromkeys(kept)
             if before is not None and before.tensor is not None:
@@ -282,13 +300,16 @@ class Relay:
         if position == len(self.names) - 1:
             forward_pass.given.clear()
             return
-        if self.shortcut == "input" and not torch.compiler.is_compiling() and value.is_inference():
+        if self.shortcut == "input" and value.is_inference() and not torch.compiler.is_compiling():
             value = value.clone()  # nobody would notice if it were changed in place
         forward_pass.given[position] = Given(value, version_of(value), regions, 0)
         forward_pass.given.pop(position - self.pre_num, None)
 
     def _check(self, value: torch.Tensor, version: int, carrier: torch.Tensor, giver: int, taker: int) -> None:
-        if version_of(value) != version:
+        now = version_of(value)
+        if now == version and value.shape == carrier.shape:
+            return
+        if now != version:
             raise RuntimeError(
                 f"What layer {self.names[giver]!r} handed on to layer {self.names[taker]!r} was changed in place in "
                 f"between, so that the {self.shortcut!r} shortcut of adapter {self.adapter_name!r} would add another "

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraVariant
 
 from peft_reslora.reslora.blocks.linear import LinearBlock
 from peft_reslora.reslora.factor_sharing import Way, add_by_calls, summed_update, terms, way_to_factors
+from peft_reslora.reslora.inference import add_plainly, plain_pass
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.products import HALVES, autocasts, project
 from peft_reslora.reslora.relay import is_ahead
@@ -31,6 +32,8 @@ class ResLoRAVariant(LoraVariant):
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The base layer's output `result` plus the update; `x` is `(..., in_features)`."""
+        if (running := plain_pass(self.chain, self.position, module, x)) is not None:
+            return add_plainly(running, self.chain, self.position, x, result)
         block = self.chain.kind(module, active_adapter)
         weight = block.weights[0]
         if weight.is_meta:
@@ -49,6 +52,14 @@ class ResLoRAVariant(LoraVariant):
         if annealed:
             hidden = self._annealed(block, x, hidden)
         return block.expand(hidden, result)
+
+    def forward_alone(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output where this is its only adapter; None where PEFT's own forward has to ask for it."""
+        if (running := plain_pass(self.chain, self.position, module, x)) is None:
+            return None
+        result = module.base_layer(x)
+        output = add_plainly(running, self.chain, self.position, x, result)
+        return output if output.dtype is result.dtype else output.to(result.dtype)
 
     def _input(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 2: A_n D(x_n + x_{n-1}), where x_{-1} := x_0.

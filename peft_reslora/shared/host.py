@@ -8,7 +8,7 @@ frames that run. The private hooks of PEFT that the tuners override stand at the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
@@ -164,6 +164,25 @@ def is_bare(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, *CONVOLUTIONS) and not hooked
 
 
+def plain_weights(layer: nn.Module, containers: Sequence[str], name: str) -> list[torch.Tensor] | None:
+    """The weights of the linear layers `name` in some of a layer's containers; None if calls of them do more than
+    multiply by these (`is_bare_linear`), or they are not plain numbers, as where an engine shards or loads them.
+
+    Asked for each layer and token, so that it is read past `nn.Module.__getattr__`, which would take most of the time.
+    torch 2.6 to 2.13.
+    """
+    children, weights = layer._modules, list[torch.Tensor]()
+    for container in containers:
+        linear: Any = children[container]._modules[name]  # type: ignore[union-attr]
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        weight = linear._parameters.get("weight")
+        if type(weight) is not nn.Parameter or "forward" in linear.__dict__ or not weight.numel():
+            return None
+        weights.append(weight)
+    return weights
+
+
 def convolve(convolution: Convolution, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """What the convolution would compute with another kernel and without bias; padded as its padding mode says.
 
@@ -178,6 +197,22 @@ def is_transformed() -> bool:
     torch 2.6 to 2.13; `torch.func` tells nobody.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Whether something sees, or changes, what is computed without gradients: a compiler, a transform, autocast, hooks
+    by which tensors are saved, or a running backward pass.
+
+    torch 2.6 to 2.13, the last two 2.13, see `pack_hook`; public names answer for less, and take longer.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._current_graph_task_id() != -1
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 def unseen_by_modes() -> AbstractContextManager[Any]:

@@ -192,3 +192,47 @@ def test_memory_is_that_of_a_process_of_its_own(common) -> None:
     small, large = 2**10, 2**27
     grown = common.growth_of_process(fill, small, large)
     assert 0.9 * large < grown < 1.5 * large
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "backward", "expected"),
+    [
+        ((10, 64), (64, 176), False, "base products"),
+        ((10, 64), (64, 176), True, "base products"),
+        ((10, 64), (64, 8), False, "projections"),
+        ((16, 64), (64, 10), False, "projections"),
+        ((10, 8), (8, 64), False, "expansions"),
+        ((3, 10, 23), (3, 23, 23), False, "expansions"),
+        ((8, 64), (64, 10), True, "input gradients"),
+        ((10, 8), (8, 176), True, "input gradients"),
+        ((8, 10), (10, 64), True, "factor gradients"),
+    ],
+)
+def test_products_are_told_apart_by_their_shapes(
+    common, left: tuple[int, ...], right: tuple[int, ...], backward: bool, expected: str
+) -> None:
+    """Of a model with sides 64 and 176, rank 8 or a square of 23, and 10 rows."""
+    import profile_step
+
+    assert profile_step.kind_of_product(left, right, {64, 176}, 10, backward) == expected
+    for name in ("profile_step", "train_step"):
+        del sys.modules[name]
+
+
+def test_all_time_of_a_step_is_of_some_kind(common) -> None:
+    import profile_step
+    import torch
+
+    weight, factor = torch.randn(64, 64), torch.randn(8, 64, requires_grad=True)
+
+    def step() -> None:
+        x = torch.randn(10, 64)
+        hidden = (x @ weight) @ factor.t()
+        (hidden @ factor).sum().backward()
+
+    found = profile_step.work_by_kind(step, {64}, 10)
+    assert list(found) == list(profile_step.KINDS)
+    assert found["optimizer"] == 0
+    assert all(found[kind] > 0 for kind in profile_step.KINDS if kind != "optimizer")
+    for name in ("profile_step", "train_step"):
+        del sys.modules[name]
