@@ -55,6 +55,8 @@ def _local_data(settings: TrainSettings) -> Data | None:
         from peft_reslora.experiments.images import load_image_data
 
         return load_image_data(settings.data)
+    if settings.data.messages is not None:
+        return load_data(settings.data, [settings.data.messages])
     return load_data(settings.data, [*settings.data.text, settings.data.label])
 
 
