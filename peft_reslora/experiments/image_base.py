@@ -197,7 +197,8 @@ def _generated(
     for timestep in sampler.timesteps:
         inputs = torch.cat([latents, latents]).to(device)
         times = timestep.to(device).expand(len(inputs))
-        without, wanted = model(sample=inputs, timestep=times, **both).sample.float().cpu().chunk(2)
+        found = model(sample=inputs, timestep=times, **both).sample.cpu()
+        without, wanted = found.to(torch.promote_types(found.dtype, torch.float32)).chunk(2)
         latents = sampler.step(without + settings.guidance * (wanted - without), timestep, latents).prev_sample
     return decoded(base, latents)
 

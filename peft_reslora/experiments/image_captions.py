@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +39,18 @@ class TextEncoder:
 
     def penultimate(self, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor | None]:
         """States of the last layer but one, and what a projection makes of the whole caption, where there is one."""
-        found = self._run(captions, length, output_hidden_states=True)
-        states = torch.cat([part.hidden_states[-2].cpu() for part in found])
-        return states, torch.cat([part.text_embeds.cpu() for part in found]) if "text_embeds" in found[0] else None
+        states, pooled = [], []
+        for found in self._run(captions, length, output_hidden_states=True):
+            states.append(found.hidden_states[-2].cpu())
+            pooled += [found.text_embeds.cpu()] if "text_embeds" in found else []
+        return torch.cat(states), torch.cat(pooled) if pooled else None
 
-    def _run(self, captions: Sequence[str], length: int, **kwargs: Any) -> list[Any]:
+    def _run(self, captions: Sequence[str], length: int, **kwargs: Any) -> Iterator[Any]:
+        """Outputs for one batch after the other: those of all layers, for all captions of a data set, fit no GPU."""
         ids = tokens_of(self.tokenizer, captions, min(length, self.limit or length))
         device = next(self.model.parameters()).device
-        return [self.model(input_ids=part.to(device), **kwargs) for part in ids.split(_BATCH)]
+        for part in ids.split(_BATCH):
+            yield self.model(input_ids=part.to(device), **kwargs)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.oracle import relative_error
 from helpers.tiny_images import SIDE, tiny_image_run, write_tiles
-from helpers.tolerances import rounding
+from helpers.tolerances import MODEL64, rounding
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -197,17 +197,25 @@ def draw_by(pipeline: Any, noise: Tensor, **given: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_drawn_as_the_pipeline_draws_them(kind: str, saved: dict[str, Path]) -> None:
+    """In float64, but for the steps of a flow, which diffusers rounds to float32."""
     images = SETTINGS.images
     assert images is not None
-    base, pipeline = load_pipeline(str(saved[kind]), "float32"), pipeline_of(kind, saved[kind])
-    expected = draw_by(pipeline, starting_noise(base, images, range(2)))
+    base, pipeline = load_pipeline(str(saved[kind]), "float64"), pipeline_of(kind, saved[kind]).to(torch.float64)
+    for part in (base.vae, *(encoder.model for encoder in base.captions.encoders)):
+        part.double()
+    expected = draw_by(pipeline, starting_noise(base, images, range(2)).double())
     with torch.no_grad():
         told, empty = base.captions(CAPTIONS, SETTINGS), base.captions.unconditional(SETTINGS)
     found = generated(base.model, base, told, empty, images)
-    # Each step adds the roundings of two calls of the model, as far apart as the guidance moves them.
-    steps = images.sampling_steps * (2 * images.guidance + 1)
     assert found.shape == (2, 3, SIDE, SIDE)
-    assert relative_error(found, expected) < steps * (rounding(base.model) + rounding(base.vae))
+    # Each step adds what separates two calls of the model, as far apart as the guidance moves them.
+    tolerance = images.sampling_steps * (2 * images.guidance + 1) * MODEL64
+    assert relative_error(found, expected) < tolerance
+    # It would be seen if one thing only were another: a step more, no guidance, the captions exchanged.
+    others = [replace(images, sampling_steps=4), replace(images, guidance=1.0)]
+    drawn = [generated(base.model, base, told, empty, other) for other in others]
+    drawn.append(generated(base.model, base, {name: value.flip(0) for name, value in told.items()}, empty, images))
+    assert all(relative_error(other, expected) > 100 * tolerance for other in drawn)
 
 
 # Runs
