@@ -16,6 +16,7 @@ from peft_reslora.experiments.settings import (
     base_values,
     check_annealed,
     check_images,
+    check_messages,
     check_sizes,
     check_training,
     check_tuner,
@@ -75,6 +76,7 @@ def compare_settings(config: ConfigFile) -> CompareSettings:
     check_training(config, settings.training)
     check_sizes(config, settings.data)
     check_images(config, settings)
+    check_messages(config, settings)
     _check_protocol(config, settings)
     return settings
 

@@ -56,6 +56,8 @@ def _local_data(settings: TrainSettings) -> Data | None:
         from peft_reslora.experiments.images import load_image_data
 
         return load_image_data(settings.data)
+    if settings.data.messages is not None:
+        return load_data(settings.data, [settings.data.messages])
     return load_data(settings.data, [*settings.data.text, settings.data.label])
 
 
@@ -82,9 +84,9 @@ def _steps(settings: TrainSettings, data: Data | None) -> str:
 def empty_base(settings: TrainSettings) -> nn.Module:
     """The base on the meta device: shapes without memory. Of a Hub name, only the config is read."""
     if settings.task == "text_to_image":
-        from peft_reslora.experiments.image_base import empty_unet
+        from peft_reslora.experiments.image_base import empty_model
 
-        return empty_unet(settings.base, settings.data)
+        return empty_model(settings.base, settings.data)
     kind = AutoModelForCausalLM if settings.task in ("generation", "choice") else AutoModelForSequenceClassification
     with torch.device("meta"):
         return kind.from_config(base_config(settings.base))

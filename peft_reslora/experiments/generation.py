@@ -18,7 +18,7 @@ from peft_reslora.experiments.provenance import fingerprint
 from peft_reslora.experiments.settings import BaseSettings, DataSettings, TrainSettings
 from peft_reslora.experiments.task import Batch, Example, Task
 
-_IGNORED = -100  # what transformers leaves out of the loss
+IGNORED = -100  # what transformers leaves out of the loss
 _BATCH = 50
 
 Prompt = str | list[int]
@@ -36,7 +36,7 @@ def generation_task(settings: TrainSettings) -> Task:
     metric, score = _metric(settings.data, data)
     base, tokenizer, held_out = load_generation_base(settings.base)
     if settings.data.chat_template:
-        check_template(tokenizer)
+        set_template(tokenizer, settings.data)
     check_lengths(data, base, tokenizer, settings.data)
     train = encode_pairs(data.splits["train"], tokenizer, settings.data, settings.training)
     if settings.data.chat_template:  # a template may write the day's date: such a run does not go on tomorrow
@@ -169,7 +169,7 @@ def encode_pairs(
                 f"{split.place(index, settings.label)}: {len(prompt) + len(completion)} tokens with the prompt, more "
                 f"than data.max_length={settings.max_length}; raise it."
             )
-        before = [_IGNORED] * len(prompt) if only_completion else prompt
+        before = [IGNORED] * len(prompt) if only_completion else prompt
         rows.append({"input_ids": prompt + completion, "labels": before + completion})
     return rows
 
@@ -181,15 +181,20 @@ def plain_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: 
 
 
 def chat_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: Row) -> tuple[list[int], list[int]]:
-    """The same as the template of a chat writes it, up to the token that ends the assistant's turn.
+    """The same as the template of a chat writes it, up to the token that ends the assistant's turn."""
+    answer = {"role": "assistant", "content": plain_numbers(str(row[settings.label]))}
+    return turn_ids(tokenizer, settings, [_question(prompt_of(settings, row)), answer])
+
+
+def turn_ids(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, turns: Sequence[dict[str, str]]
+) -> tuple[list[int], list[int]]:
+    """Ids up to where the last turn begins, which is the assistant's, and its own up to the token that ends it.
 
     Raises:
         ValueError: if the template writes the conversation in another way than its beginning.
     """
-    prompt = prompt_of(settings, row)
-    before, whole = (
-        chat_ids(tokenizer, settings, prompt, answer) for answer in (None, plain_numbers(str(row[settings.label])))
-    )
+    before, whole = _written(tokenizer, settings, turns[:-1], begin=True), _written(tokenizer, settings, turns)
     if whole[: len(before)] != before:
         raise ValueError(
             f"data.chat_template: the template of {tokenizer.name_or_path} writes a turn that ends in another way "
@@ -202,28 +207,36 @@ def chat_pair(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, row: R
     return before, [*completion, tokenizer.eos_token_id] if last is None else completion[: last + 1]
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, prompt: str, answer: str | None = None
+def chat_ids(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, prompt: str) -> list[int]:
+    """Ids of a conversation up to where the assistant begins."""
+    return _written(tokenizer, settings, [_question(prompt)], begin=True)
+
+
+def _question(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt.rstrip("\n")}
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, turns: Sequence[dict[str, str]], begin: bool = False
 ) -> list[int]:
-    """Ids of a conversation; without an answer, up to where the assistant begins."""
-    turns = [{"role": "user", "content": prompt.rstrip("\n")}]
-    turns += [{"role": "assistant", "content": answer}] if answer is not None else []
     text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=answer is None, **settings.chat_template_kwargs
+        list(turns), tokenize=False, add_generation_prompt=begin, **settings.chat_template_kwargs
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a template for chats.
+def set_template(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> None:
+    """Give the tokenizer the template of the settings, if they have one; refuse it where there is none at all.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming the tokenizer.
     """
+    if isinstance(settings.chat_template, str):
+        tokenizer.chat_template = settings.chat_template
     if not tokenizer.chat_template:
         raise ValueError(
             f"data.chat_template: the tokenizer {tokenizer.name_or_path} has no chat template; take a base that was "
-            "trained to chat, or leave chat_template out."
+            "trained to chat, give a template in place of true, or leave chat_template out."
         )
 
 
@@ -241,7 +254,7 @@ def completion_collator(pad: int) -> Any:
         return {
             "input_ids": torch.tensor([row["input_ids"] + [pad] * m for row, m in zip(rows, missing, strict=True)]),
             "attention_mask": torch.tensor([[1] * (longest - m) + [0] * m for m in missing]),
-            "labels": torch.tensor([row["labels"] + [_IGNORED] * m for row, m in zip(rows, missing, strict=True)]),
+            "labels": torch.tensor([row["labels"] + [IGNORED] * m for row, m in zip(rows, missing, strict=True)]),
         }
 
     return collate

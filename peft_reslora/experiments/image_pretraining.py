@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
-from peft_reslora.experiments.image_base import ImageBase, build_unet, load_parts, tokens_of
+from peft_reslora.experiments.image_base import ImageBase, build_unet, load_parts
+from peft_reslora.experiments.image_captions import ClipCaptions, TextEncoder, tokens_of
+from peft_reslora.experiments.image_schedules import Diffusion, Schedule
 from peft_reslora.experiments.images import all_pixels, as_array, caption_of, other_families
 from peft_reslora.experiments.pretraining import cache_folder
 from peft_reslora.experiments.provenance import fingerprint
@@ -37,7 +39,7 @@ def pretrained_images(settings: BaseSettings, pretrain: PretrainSettings, data: 
         parts = _untrained(settings, data, tokenizer)
         _train(parts, pretrain, images, tokens_of(tokenizer, [*captions, ""], data.max_length))
         with replaced_folder(folder, _FOLDERS) as new:
-            saved: list[Any] = [parts.unet, parts.text_encoder, tokenizer, parts.schedule]
+            saved: list[Any] = [parts.model, _text_encoder(parts), tokenizer, parts.schedule.scheduler]
             for name, part in zip(_FOLDERS, saved, strict=True):
                 part.save_pretrained(str(new / name))
     return load_parts(str(folder))
@@ -48,13 +50,18 @@ def _untrained(settings: BaseSettings, data: DataSettings, tokenizer: PreTrained
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     sizes = {"max_position_embeddings": _LONGEST_TEXT, **special, **settings.text_encoder}
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **sizes))
-    schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # for small images (arXiv 2102.09672)
-    return ImageBase(build_unet(settings, data), text_encoder, tokenizer, schedule)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # for small images (arXiv 2102.09672)
+    captions = ClipCaptions([TextEncoder(text_encoder, tokenizer)])
+    return ImageBase(build_unet(settings, data), captions, Diffusion(scheduler))
+
+
+def _text_encoder(base: ImageBase) -> Any:
+    return base.captions.encoders[0].model
 
 
 def _train(base: ImageBase, pretrain: PretrainSettings, images: Tensor, tokens: Tensor) -> None:
     """AdamW with warmup and a linear decay, UNet and text encoder together; the last row of `tokens` is empty."""
-    models = nn.ModuleList([base.unet, base.text_encoder]).train()
+    models = nn.ModuleList([base.model, _text_encoder(base)]).train()
     optimizer = torch.optim.AdamW(models.parameters(), lr=pretrain.rate, weight_decay=0.01)
     batches = _batches(base.schedule, images, pretrain.batch)
     for step in tqdm(range(pretrain.steps), desc="pretraining", unit="step"):
@@ -62,15 +69,15 @@ def _train(base: ImageBase, pretrain: PretrainSettings, images: Tensor, tokens: 
         for group in optimizer.param_groups:
             group["lr"] = pretrain.rate * share
         batch, rows = next(batches)
-        states = base.text_encoder(input_ids=tokens[rows]).last_hidden_state
-        base.unet(**batch, encoder_hidden_states=states).loss.backward()
+        states = _text_encoder(base)(input_ids=tokens[rows]).last_hidden_state
+        base.model(**batch, encoder_hidden_states=states).loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     models.eval()
 
 
-def _batches(schedule: Any, images: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _batches(schedule: Schedule, images: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Noisy images in random order, half of them mirrored, and the rows of their captions."""
     generator = torch.Generator().manual_seed(0)
     while True:
@@ -80,6 +87,6 @@ def _batches(schedule: Any, images: Tensor, size: int) -> Iterator[tuple[dict[st
             )
             clean = torch.where(mirrored[:, None, None, None], images[rows].flip(-1), images[rows])
             noise = torch.randn(clean.shape, generator=generator)
-            times = torch.randint(schedule.config.num_train_timesteps, (len(rows),), generator=generator)
-            noisy = schedule.add_noise(clean, noise, times)
-            yield {"sample": noisy, "timestep": times, "labels": noise}, rows.masked_fill(nameless, -1)
+            levels = torch.randint(schedule.levels, (len(rows),), generator=generator)
+            sample, timestep, target = schedule.noisy(clean, noise, levels)
+            yield {"sample": sample, "timestep": timestep, "labels": target}, rows.masked_fill(nameless, -1)

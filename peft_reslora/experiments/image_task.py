@@ -1,4 +1,4 @@
-"""Text to image: a UNet learns the images of one family, and is measured on others of it that it has not seen."""
+"""Text to image: a model learns the images of one family, and is measured on others of it that it has not seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from peft_reslora.experiments.data import Data, Split
 from peft_reslora.experiments.denoising import NoisyRows, held_out_rows, stacked
-from peft_reslora.experiments.image_base import ImageBase, embedded, encoded, generated, load_pipeline
+from peft_reslora.experiments.image_base import ImageBase, encoded, generated, load_pipeline
 from peft_reslora.experiments.image_grid import GridCallback
 from peft_reslora.experiments.image_metrics import FixedEncoder, drift, similarity
 from peft_reslora.experiments.image_pretraining import pretrained_images
@@ -35,11 +35,11 @@ def image_task(settings: TrainSettings) -> Task:
     images = image_settings(settings.data)
     data = load_image_data(settings.data)
     base = load_image_base(settings.base, settings.data)
-    texts = {name: embedded(base, captions, settings.data) for name, captions in _captions(data, settings).items()}
+    told = {name: base.captions(captions, settings.data) for name, captions in _captions(data, settings).items()}
     latents = {name: encoded(base, pixels(split, settings.data)) for name, split in data.splits.items()}
-    train = NoisyRows(base.schedule, latents["train"], texts["train"], images.draws)
+    train = NoisyRows(base.schedule, latents["train"], told["train"], images.draws)
     held_out = {
-        name: _batches(held_out_rows(base.schedule, latents[name], texts[name], images.timesteps))
+        name: _batches(held_out_rows(base.schedule, latents[name], told[name], images.timesteps))
         for name in data.splits
         if name != "train"
     }
@@ -47,7 +47,7 @@ def image_task(settings: TrainSettings) -> Task:
     return Task(
         settings.task,
         METRIC,
-        base.unet,
+        base.model,
         data,
         train,
         stacked,
@@ -77,7 +77,7 @@ def _batches(rows: Sequence[dict[str, Tensor]]) -> list[Batch]:
 
 
 def _evaluation(batches: Mapping[str, Sequence[Batch]]) -> Callable[[nn.Module, str], dict[str, float]]:
-    """Mean squared error of the predicted noise, in percent of the noise's variance, which is 1."""
+    """Mean squared error of what is predicted, in percent of the noise's variance, which is 1."""
     wanted = {name: torch.cat([batch["labels"] for batch in parts]) for name, parts in batches.items()}
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
@@ -123,8 +123,8 @@ class Drawing:
 
     @torch.no_grad()
     def _generate(self, model: nn.Module, captions: Sequence[str]) -> Tensor:
-        texts = embedded(self._base, [*captions, ""], self._settings)
-        return generated(model, self._base, texts[:-1], texts[-1:], self._images)
+        told, empty = self._base.captions(captions, self._settings), self._base.captions.unconditional(self._settings)
+        return generated(model, self._base, told, empty, self._images)
 
 
 def _first(split: Split, count: int) -> Split:

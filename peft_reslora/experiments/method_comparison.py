@@ -113,8 +113,12 @@ def _train_info(
 
 
 def _last_metrics(task: Task, trained: Trained, metrics: Mapping[str, Any], log: RunLog) -> dict[str, Any]:
-    """The last entry, which is the one that counts. Forgetting: by how much the loss on other text has grown."""
-    found = {f"{split} accuracy": values[task.metric] / 100 for split, values in metrics["before_merge"].items()}
+    """The last entry, which is the one that counts. Forgetting: by how much the loss on other text has grown.
+
+    A loss is no accuracy, and stands there under its own name.
+    """
+    name, unit = (task.metric, 1) if task.lower_is_better else ("accuracy", 100)
+    found = {f"{split} {name}": values[task.metric] / unit for split, values in metrics["before_merge"].items()}
     if "validation accuracy" in found:
         found["valid accuracy"] = found.pop("validation accuracy")
     losses = [loss for _, loss in trained.losses[-window_of(trained.steps) :]]

@@ -62,7 +62,8 @@ class DataSettings:
     """Where the rows come from: the Hub, or `files` (csv, tsv, jsonl, parquet) in `folder`, which goes first.
 
     Or `uuid_pairs` random ones, which are learned by heart: all splits are the same. With `chat_template`, prompt and
-    completion are the turns of a user and an assistant, as the tokenizer's template writes them.
+    completion are the turns of a user and an assistant, as the tokenizer's template writes them (`true`), or the one
+    that is given (Jinja). `messages` is a column of whole conversations, lists of `role` and `content`.
     """
 
     hub: HubData | None = None
@@ -78,11 +79,12 @@ class DataSettings:
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
-    chat_template: bool = False
+    chat_template: bool | str = False
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: int = 64
     too_long: Literal["truncate", "refuse"] = "truncate"
     images: ImageSettings | None = None
+    messages: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def train_settings(config: ConfigFile) -> TrainSettings:
     if settings.data.chat_template and settings.task != "generation":
         place = config.place(("data", "chat_template"))
         raise ValueError(f"{place}: data.chat_template is for task=generation, not {settings.task}.")
+    check_messages(config, settings)
     check_images(config, settings)
     return settings
 
@@ -328,6 +331,14 @@ class _Described(Protocol):
     def base(self) -> BaseSettings: ...
     @property
     def data(self) -> DataSettings: ...
+
+
+def check_messages(config: ConfigFile, settings: _Described) -> None:
+    """Refuse conversations without a template that writes them, and for another task."""
+    data = settings.data
+    if data.messages is not None and (settings.task != "generation" or not data.chat_template):
+        place = config.place(("data", "messages"))
+        raise ValueError(f"{place}: data.messages needs task=generation and data.chat_template (true, or a template).")
 
 
 _IMAGE_SIZES = ("size", "draws", "timesteps", "samples", "shown", "sampling_steps")

@@ -12,6 +12,10 @@ def make_task(settings: TrainSettings) -> Task:
     Raises:
         ValueError: for bad data, with file, row and column.
     """
+    if settings.task == "generation" and settings.data.messages is not None:
+        from peft_reslora.experiments.conversations import conversation_task
+
+        return conversation_task(settings)
     if settings.task == "generation":
         from peft_reslora.experiments.generation import generation_task
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.tiny_runs import tiny_generation, write_sums
 
 from peft_reslora.experiments import pretraining, train
 from peft_reslora.experiments.arithmetic import infix, plain_numbers, same_number, unmask, value_of
-from peft_reslora.experiments.config_file import from_mapping
+from peft_reslora.experiments.config_file import from_mapping, read_config
 from peft_reslora.experiments.generation import complete, same_characters, text_loss
 from peft_reslora.experiments.settings import TextSource, train_settings
 from peft_reslora.experiments.tasks import make_task
+from peft_reslora_cli.config_files import find_config
 
 
 @pytest.mark.parametrize(
@@ -167,3 +170,33 @@ def test_random_pairs_are_scored_by_their_characters(settings: dict[str, Any]) -
     assert task.metric == "characters"
     assert 0 <= task.evaluate(task.base, "test")["characters"] < 50
     assert same_characters("abxd", "abcdefgh") == 3 / 8
+
+
+@pytest.mark.slow
+def test_the_config_of_mathqa_counts_right_letters(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything as it is shipped but base, sizes and data, and completions that are known: one of four wrong."""
+    monkeypatch.setenv("PEFT_RESLORA_CACHE", str(sums / "cache"))
+    for split in ("train", "validation", "test"):
+        rows = [
+            {
+                "Problem": f"what is {i} + 1 ?",
+                "options": f"a ) {i} , b ) {i + 1}",
+                "correct": "ab"[i % 2],
+                "category": "x",
+            }
+            for i in range(16)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    small = tiny_generation(sums, tmp_path)["base"]
+    base = f"base={yaml.safe_dump(small, default_flow_style=True, width=10**6).strip()}"
+    settings = train_settings(read_config(find_config("mathqa-llama2-reslora"), [base, f"data.folder={tmp_path}"]))
+    task = make_task(settings)
+    assert task.data.sizes() == {"train": 16, "validation": 16, "test": 16}
+    texts = [task.tokenizer.decode(row["input_ids"]) for row in task.train]
+    assert "<s>what is 3 + 1 ?. a ) 3 , b ) 4\nb</s>" in texts
+    wanted = [row["correct"] for row in task.data.splits["test"].rows]
+    found = ["c" if i % 4 == 0 else letter for i, letter in enumerate(wanted)]
+    monkeypatch.setattr("peft_reslora.experiments.generation.complete", lambda *_: found)
+    assert task.evaluate(task.base, "test") == {"characters": 75.0}

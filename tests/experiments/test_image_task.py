@@ -16,7 +16,7 @@ from helpers.tiny_images import SIDE, color_of, tiny_image_comparison, tiny_imag
 from helpers.tolerances import rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, TrainerCallback
+from transformers import TrainerCallback
 
 from peft_reslora import ResLoRAConfig, describe_chains
 from peft_reslora.experiments import compare, comparison, train
@@ -26,20 +26,18 @@ from peft_reslora.experiments.data import Split, with_image_files
 from peft_reslora.experiments.dry_run import describe_run
 from peft_reslora.experiments.images import all_pixels
 from peft_reslora.experiments.lines import read_lines
-from peft_reslora.experiments.run import train_with
 from peft_reslora.experiments.settings import DataSettings, ImageSettings, TrainSettings, train_settings
 from peft_reslora.experiments.statistics import paired_difference
 from peft_reslora.experiments.task import Task
 from peft_reslora.experiments.tasks import make_task
-from peft_reslora.experiments.tokenizers import train_bpe
 from peft_reslora_cli.config_files import find_config
 
 diffusers = pytest.importorskip("diffusers")
 
 from peft_reslora.experiments import image_pretraining  # noqa: E402
-from peft_reslora.experiments.denoising import DenoisingUNet, NoisyRows, held_out_rows, noisy_row  # noqa: E402
-from peft_reslora.experiments.image_base import embedded  # noqa: E402
+from peft_reslora.experiments.denoising import NoisyRows, held_out_rows, noisy_row  # noqa: E402
 from peft_reslora.experiments.image_metrics import FixedEncoder, drift, similarity  # noqa: E402
+from peft_reslora.experiments.image_schedules import Diffusion  # noqa: E402
 from peft_reslora.experiments.image_task import load_image_base  # noqa: E402
 
 
@@ -155,9 +153,9 @@ def test_settings_that_cannot_be_right_are_refused(tiles: Path, overrides: list[
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_noisy_row_is_the_papers_mixture(kind: str) -> None:
     """x_t = sqrt(a) x + sqrt(1 - a) e, and v = sqrt(a) e - sqrt(1 - a) x; a is the product of 1 - beta."""
-    schedule = diffusers.DDPMScheduler(prediction_type=kind, num_train_timesteps=50)
+    schedule = Diffusion(diffusers.DDPMScheduler(prediction_type=kind, num_train_timesteps=50))
     image = torch.randn(3, 5, 7)
-    row = noisy_row(schedule, image, torch.zeros(2, 4), seed=3, timestep=30)
+    row = noisy_row(schedule, image, {}, seed=3, level=30)
     alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), 0)[30]
     noise = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3)).double()
     target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * image.double()
@@ -165,12 +163,12 @@ def test_a_noisy_row_is_the_papers_mixture(kind: str) -> None:
     assert relative_error(row["sample"], alpha.sqrt() * image.double() + (1 - alpha).sqrt() * noise) < tolerance
     assert relative_error(row["labels"], target) < tolerance
     with pytest.raises(ValueError, match="prediction_type='sample'"):
-        noisy_row(diffusers.DDPMScheduler(prediction_type="sample"), image, torch.zeros(2, 4), 0)
+        Diffusion(diffusers.DDPMScheduler(prediction_type="sample"))
 
 
 def test_rows_are_all_images_under_each_noise_and_the_same_every_time() -> None:
-    schedule, images = diffusers.DDPMScheduler(), torch.randn(3, 1, 2, 2)
-    rows = NoisyRows(schedule, images, torch.arange(3.0)[:, None, None], draws=4)
+    schedule, images = Diffusion(diffusers.DDPMScheduler()), torch.randn(3, 1, 2, 2)
+    rows = NoisyRows(schedule, images, {"encoder_hidden_states": torch.arange(3.0)[:, None, None]}, draws=4)
     assert len(rows) == 12
     assert [float(row["encoder_hidden_states"]) for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
     assert torch.equal(rows[7]["sample"], rows[7:9][0]["sample"])
@@ -180,10 +178,10 @@ def test_rows_are_all_images_under_each_noise_and_the_same_every_time() -> None:
 
 
 def test_held_out_images_are_measured_all_over_the_schedule() -> None:
-    schedule, images = diffusers.DDPMScheduler(), torch.randn(2, 1, 2, 2)
-    rows = held_out_rows(schedule, images, torch.zeros(2, 1, 1), timesteps=4)
+    schedule, images = Diffusion(diffusers.DDPMScheduler()), torch.randn(2, 1, 2, 2)
+    rows = held_out_rows(schedule, images, {}, timesteps=4)
     assert [int(row["timestep"]) for row in rows] == [125, 375, 625, 875] * 2
-    train = NoisyRows(schedule, images, torch.zeros(2, 1, 1), draws=9)
+    train = NoisyRows(schedule, images, {}, draws=9)
     assert not {float(row["labels"].sum()) for row in rows} & {float(row["labels"].sum()) for row in train}
 
 
@@ -204,14 +202,14 @@ def test_the_metric_is_the_mean_error_of_each_row_alone(tiles: Path) -> None:
     task, base = make_task(settings), load_image_base(settings.base, settings.data)
     split = task.data.splits["test"]
     with torch.no_grad():
-        texts = embedded(base, [row["caption"] for row in split.rows], settings.data)
+        told = base.captions([row["caption"] for row in split.rows], settings.data)
         errors = [
-            (base.unet(**{n: v[None] for n, v in row.items() if n != "labels"}).sample[0] - row["labels"]).double()
-            for row in held_out_rows(base.schedule, all_pixels(split, settings.data), texts, timesteps=3)
+            (base.model(**{n: v[None] for n, v in row.items() if n != "labels"}).sample[0] - row["labels"]).double()
+            for row in held_out_rows(base.schedule, all_pixels(split, settings.data), told, timesteps=3)
         ]
     expected = 100 * torch.stack(errors).square().mean()
     found = torch.tensor(task.evaluate(task.base, "test")["denoising_loss"])
-    assert relative_error(found, expected) < rounding(base.unet)
+    assert relative_error(found, expected) < rounding(base.model)
 
 
 def test_padding_and_other_captions_of_a_batch_change_no_state(tiles: Path) -> None:
@@ -219,13 +217,13 @@ def test_padding_and_other_captions_of_a_batch_change_no_state(tiles: Path) -> N
     base = load_image_base(settings.base, settings.data)
     captions = ["red tile 1", "a much longer caption of orange squares", ""]
     with torch.no_grad():
-        together = embedded(base, captions, settings.data)
-        alone = torch.cat([embedded(base, [caption], settings.data) for caption in captions])
-    assert relative_error(together, alone) < rounding(base.text_encoder)
+        together = base.captions(captions, settings.data)["encoder_hidden_states"]
+        alone = [base.captions([caption], settings.data)["encoder_hidden_states"] for caption in captions]
+    assert relative_error(together, torch.cat(alone)) < rounding(base.captions.encoders[0].model)
     with pytest.raises(ValueError, match=r"'a much longer.*more than data.max_length=12"):
-        embedded(base, captions, dataclasses.replace(settings.data, too_long="refuse"))
+        base.captions(captions, dataclasses.replace(settings.data, too_long="refuse"))
     with pytest.raises(ValueError, match="max_length=78 is more than the 77 tokens"):
-        embedded(base, captions, dataclasses.replace(settings.data, max_length=78))
+        base.captions(captions, dataclasses.replace(settings.data, max_length=78))
 
 
 # The base
@@ -290,6 +288,10 @@ def test_a_run_leaves_its_numbers_and_a_grid_of_images(tiles: Path, tmp_path: Pa
         assert row.size == (2 * SIDE, SIDE)
     checksums = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data_sha256"]
     assert {"train", "images of train", "images of test"} <= set(checksums)
+    result = json.loads((tmp_path / "run" / "method_comparison.json").read_text(encoding="utf-8"))
+    last = result["train_info"]["metrics"][-1]
+    assert last["test denoising_loss"] == metrics["before_merge"]["test"]["denoising_loss"]
+    assert last["test accuracy"] is None
     task = make_task(settings_of(tiles))
     loaded = PeftModel.from_pretrained(task.fresh_model(), tmp_path / "run" / "adapter")
     assert task.evaluate(loaded, "test") == metrics["before_merge"]["test"]
@@ -368,80 +370,7 @@ def test_names_of_methods_become_different_file_names() -> None:
     assert len(set(found)) >= 4
 
 
-# Pipelines and the configs that come with the package
-
-
-def save_pipeline(folder: Path, kind: str = "StableDiffusionPipeline", prediction: str = "epsilon") -> Path:
-    """A Stable Diffusion of a few thousand weights, in the folders and files of the real one."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-    tokenizer = train_bpe(["red tile", "blue square"], 300)
-    parts = {
-        "unet": diffusers.UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(8, 16),
-            down_block_types=down,
-            up_block_types=up,
-            norm_num_groups=4,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-        ),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            norm_num_groups=4,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-        ),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **sizes)),
-        "tokenizer": tokenizer,
-        "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type=prediction),
-    }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}), encoding="utf-8")
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["sd15-reslora", "sd2-reslora"])
-def test_a_config_of_stable_diffusion_trains_a_saved_pipeline(config: str, tiles: Path, tmp_path: Path) -> None:
-    """With everything as it is shipped but the sizes and the data, which are those of a test."""
-    pipeline = save_pipeline(tmp_path / "sd", prediction="v_prediction" if config == "sd2-reslora" else "epsilon")
-    rows = "data.validation_rows=2", "data.test_rows=2", "data.text=[caption]", f"data.folder={tiles}"
-    images = "data.images.sheet=sheet.png", "data.images.column=index", f"data.images.size={SIDE}"
-    dear = "data.images.samples=2", "data.images.shown=2", "data.images.sampling_steps=2", "training.max_steps=2"
-    read = read_config(
-        find_config(config),
-        [f"base.name={pipeline}", "data.files={train: captions.csv}", *rows, *images, *dear, "training.use_cpu=true",
-         f"output_dir={tmp_path / 'run'}"],
-    )  # fmt: skip
-    assert "tuner: RESLORA" in describe_run(train_settings(read))
-    metrics = train_with(train_settings(read))
-    assert metrics["steps"] == 2
-    assert metrics["before_merge"]["test"]["denoising_loss"] > 0
-    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert saved["base_model_name_or_path"] == str(pipeline)
-
-
-@pytest.mark.slow
-def test_the_export_of_a_pipelines_adapter_loads_in_diffusers(tiles: Path, tmp_path: Path) -> None:
-    pipeline = save_pipeline(tmp_path / "sd")
-    settings = tiny_image_run(tiles, tmp_path / "run")
-    settings["base"] = {"name": str(pipeline)}
-    settings["tuner"]["shortcut"] = "block"
-    train(settings)
-    (batch,) = make_task(train_settings(from_mapping(settings))).batches(2, 2)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    own = PeftModel.from_pretrained(
-        DenoisingUNet.from_pretrained(pipeline, subfolder="unet"), tmp_path / "run/adapter"
-    )
-    plain = diffusers.UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
-    before = plain(**inputs).sample
-    plain.load_lora_adapter(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", prefix="unet")
-    assert relative_error(plain(**inputs).sample, own.eval()(**inputs).sample) < rounding(plain)
-    assert not torch.equal(plain(**inputs).sample, before)
+# The configs that come with the package
 
 
 @pytest.mark.slow
@@ -457,13 +386,6 @@ def test_what_the_comments_of_the_configs_say_is_linked_in_stable_diffusion() ->
         assert first.split(".")[0] == last.split(".")[0] or role.startswith("mid_block"), (role, shape)
         assert int(layers) == {"down": 2, "up": 3, "mid": 1}[role.split("_")[0]]
         assert int(links) == int(layers) - 1
-
-
-def test_other_pipelines_are_refused_by_their_name(tiles: Path, tmp_path: Path) -> None:
-    settings = tiny_image_run(tiles, tmp_path / "run")
-    settings["base"] = {"name": str(save_pipeline(tmp_path / "xl", "StableDiffusionXLPipeline"))}
-    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline; text_to_image trains the UNet of Stable"):
-        make_task(train_settings(from_mapping(settings)))
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
