@@ -71,8 +71,19 @@ def plot_rates(summaries: Sequence[MethodSummary], reference: str, path: Path, t
         _draw_rates(axes, summary, _COLORS[0])
         axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=8)
+    if scores := [score for s in drawn for score in s.scores.values() if score is not None]:
+        for axes in panels:
+            axes.set_ylim(*shown_range(scores))
     _set_title(figure, f"{title}: one run a rate, without those that diverged; the ring is the one chosen")
     _save(figure, path)
+
+
+def shown_range(scores: Sequence[float]) -> tuple[float, float]:
+    """Of all scores, but for those of rates that ruin the model, which would hide what the others do."""
+    low, median, high = np.quantile(scores, [0.1, 0.5, 0.9])
+    shown = [score for score in scores if abs(score - median) <= 3 * (high - low)]
+    margin = 0.05 * (max(shown) - min(shown)) or 0.5
+    return min(shown) - margin, max(shown) + margin
 
 
 def _draw_rates(axes: Any, summary: MethodSummary, color: str) -> None:

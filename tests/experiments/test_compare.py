@@ -19,6 +19,7 @@ from torch import nn
 
 from peft_reslora.experiments import compare, comparison
 from peft_reslora.experiments.budget import Budget, count_parameters, match_budget, nearest_rank, with_rank
+from peft_reslora.experiments.figures import shown_range
 from peft_reslora.experiments.lines import append_line, read_lines
 from peft_reslora.experiments.report import HEADER, findings, table_rows
 from peft_reslora.experiments.statistics import smoothed, window_of
@@ -212,6 +213,15 @@ def test_what_rounds_to_zero_has_no_sign() -> None:
     assert not any("-0.00" in cell or "+0.00" in cell for cell in cells)
     signed = dataclasses.replace(other, difference=dataclasses.replace(difference, mean=0.006, low=-1.0, high=1.012))
     assert {"+0.01", "-1.00 to +1.01"} <= set(table_rows([signed])[0])
+
+
+def test_a_ruined_run_does_not_hide_the_others_in_the_figure_of_rates() -> None:
+    scores = [6.1 + 0.01 * n for n in range(40)]
+    low, high = shown_range([*scores, 105.0])
+    assert 6.0 < low < 6.1
+    assert 6.5 < high < 7
+    assert shown_range([54.0, 54.0, *range(70, 83)])[0] < 54
+    assert shown_range([1.0]) == (0.5, 1.5)
 
 
 @pytest.mark.parametrize(("width", "interval"), [(20.0, "-10.00 to +10.00"), (0.02, "-0.010 to +0.010")])
