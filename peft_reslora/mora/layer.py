@@ -20,7 +20,6 @@ from peft_reslora.shared.base_weights import (
     refuse_unreadable,
     refuse_unwritable,
 )
-from peft_reslora.shared.forwards import takes_input_by_name
 from peft_reslora.shared.host import BufferDict, apply_to_tensors, cast_input, in_out_features, own_parameter
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
@@ -221,9 +220,14 @@ class MoRALinear(nn.Module, MoRALayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
-    @takes_input_by_name
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) + sum over the active adapters of decompress(scaling M compress(dropout(x)))."""
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x) + sum over the active adapters of decompress(scaling M compress(dropout(x))).
+
+        x may come as `input`, the name that torch's layers have for it, by which diffusers' motion modules give it
+        (0.42).
+        """
+        if x is None and "input" in kwargs:
+            x = kwargs.pop("input")
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)

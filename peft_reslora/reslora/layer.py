@@ -35,7 +35,6 @@ from peft_reslora.shared.base_weights import (
     refuse_overflow,
     refuse_unwritable,
 )
-from peft_reslora.shared.forwards import takes_input_by_name
 from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, unseen_by_modes
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
@@ -119,6 +118,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     # While merged: the base layer's weight from before; where it is quantized, a copy of the base layer.
     kept_base: list[nn.Parameter | nn.Module]
     is_plain: ClassVar[bool] = False  # whether the base layer's weight is plain numbers, into which a merge can write
+    is_linear: ClassVar[bool] = False  # whether it is that of a linear layer besides
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies and pickles: the copied layer enters itself into the copies of its chains."""
@@ -127,9 +127,20 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             if isinstance(variant, ResLoRAVariant):
                 variant.chain.enter(variant.position, self)
 
-    @takes_input_by_name
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().forward(*args, **kwargs)
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in PEFT, and in generation, with one adapter on a linear layer, in fewer steps than there.
+
+        x may come as `input`, the name that torch's layers have for it: PEFT's (0.21.2) fail on diffusers' motion
+        modules, which call `proj_in(input=...)` (0.42).
+        """
+        if x is None and "input" in kwargs:
+            x = kwargs.pop("input")
+        if not (torch.is_grad_enabled() or args or kwargs or self.merged_adapters or self.disable_adapters):
+            names = self.active_adapters
+            variant = self.lora_variant.get(names[0]) if self.is_linear and len(names) == 1 else None
+            if isinstance(variant, ResLoRAVariant) and (output := variant.forward_alone(self, x)) is not None:
+                return output
+        return super().forward(x, *args, **kwargs)
 
     # DoRA, of which these layers have none, keeps its magnitudes there (read in 0.21.2). A program that takes the file
     # for a LoRA's finds in their place a stamp, which fits no layer; if it knows no DoRA, a name that it refuses.
@@ -508,15 +519,7 @@ class Linear(ResLoRALayer, lora.Linear):
     """`lora.Linear` with shortcuts; also for transformers' Conv1D."""
 
     is_plain = True
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in PEFT, and in generation, with one adapter, in fewer steps than there."""
-        if not (torch.is_grad_enabled() or args or kwargs or self.merged_adapters or self.disable_adapters):
-            names = self.active_adapters
-            variant = self.lora_variant.get(names[0]) if len(names) == 1 else None
-            if isinstance(variant, ResLoRAVariant) and (output := variant.forward_alone(self, x)) is not None:
-                return output
-        return super().forward(x, *args, **kwargs)
+    is_linear = True
 
 
 class Convolution(ResLoRALayer):

@@ -56,8 +56,7 @@ class Scope:
         self.sums = SharedSum()
         self.totals: dict[int, tuple[int, bool, torch.Tensor]] = {}  # of each chain: see `Relay.total`
         self.facts: dict[int, Any] = {}  # of each chain: see `Relay.once`
-        self.terms: dict[int, Any] = {}  # of each chain: see `inference.py`
-        self.stacks: dict[int, Any] = {}  # likewise
+        self.stacks: dict[int, Any] = {}  # of each chain: see `inference.py`
         self.around: Surroundings | None = None
         self.nest = NO_REGION
         self.plain = False  # made without gradients, outside of all regions, hooks and backward passes
@@ -66,7 +65,6 @@ class Scope:
     def close(self) -> None:
         self.sums.forget()
         self.totals.clear()
-        self.terms.clear()
         self.stacks.clear()
         for forward_pass in self.passes.values():
             forward_pass.given.clear()

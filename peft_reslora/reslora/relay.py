@@ -87,10 +87,14 @@ class Relay:
         """Whether the running layer may hand on what the next one's factor makes of its input (`is_ahead`).
 
         Not in re-entrant checkpointing, where a factor would be given a part of its gradient by each region that
-        reads it. In a recomputation, whether it did so the first time.
+        reads it; nor in a call made without gradients, where layers outside of `enable_grad` take the inputs. In a
+        recomputation, whether it did so the first time.
         """
-        nest = nest_in(self._scope())
-        return not nest.reentrant if nest.replay is None else nest.replay.hands_ahead(self.key, position)
+        scope = self._scope()
+        nest = nest_in(scope)
+        if nest.replay is not None:
+            return nest.replay.hands_ahead(self.key, position)
+        return not (nest.reentrant or (scope is not None and scope.plain))
 
     def pass_on(self, position: int, value: torch.Tensor, carrier: torch.Tensor | None = None) -> Handed:
         """Take what earlier layers handed to the one at `position`, and hand `value` to the later ones.
@@ -300,7 +304,7 @@ class Relay:
         if position == len(self.names) - 1:
             forward_pass.given.clear()
             return
-        if self.shortcut == "input" and value.is_inference() and not torch.compiler.is_compiling():
+        if self.shortcut == "input" and not torch.compiler.is_compiling() and value.is_inference():
             value = value.clone()  # nobody would notice if it were changed in place
         forward_pass.given[position] = Given(value, version_of(value), regions, 0)
         forward_pass.given.pop(position - self.pre_num, None)

@@ -33,7 +33,7 @@ class ResLoRAVariant(LoraVariant):
     ) -> torch.Tensor:
         """The base layer's output `result` plus the update; `x` is `(..., in_features)`."""
         if (running := plain_pass(self.chain, self.position, module, x)) is not None:
-            return add_plainly(running, self.chain, self.position, x, result)
+            return add_plainly(running, self.chain, self.position, module, x, result)
         block = self.chain.kind(module, active_adapter)
         weight = block.weights[0]
         if weight.is_meta:
@@ -58,7 +58,7 @@ class ResLoRAVariant(LoraVariant):
         if (running := plain_pass(self.chain, self.position, module, x)) is None:
             return None
         result = module.base_layer(x)
-        output = add_plainly(running, self.chain, self.position, x, result)
+        output = add_plainly(running, self.chain, self.position, module, x, result)
         return output if output.dtype is result.dtype else output.to(result.dtype)
 
     def _input(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, wraps
+from functools import lru_cache
 from types import CodeType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +22,6 @@ from transformers.pytorch_utils import Conv1D
 # What may be asked of a weight without computing with it.
 _HARMLESS_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "numel"}
 _HARMLESS_CALLS = {"isinstance", "hasattr", "getattr", "type", "id"}
-
-
-_Forward = TypeVar("_Forward", bound=Callable[..., Any])
-
-
-def takes_input_by_name(forward: _Forward) -> _Forward:
-    """The forward of an adapted layer, which may get its input by the name that torch's layers have for it.
-
-    PEFT's layers name it `x` (0.21.2), and fail on diffusers' motion modules, which call `proj_in(input=...)` (0.42).
-    """
-
-    @wraps(forward)
-    def with_input(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
-        return forward(layer, *args, **kwargs)
-
-    return cast(_Forward, with_input)
 
 
 def _slow_but_exact(module: Any) -> bool:

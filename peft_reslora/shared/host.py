@@ -200,13 +200,14 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether something sees, or changes, what is computed without gradients: a compiler, a transform, autocast, hooks
-    by which tensors are saved, or a running backward pass.
+    """Whether something sees, or changes, what is computed without gradients: a compiler, a trace, a transform,
+    autocast, hooks by which tensors are saved, or a running backward pass.
 
     torch 2.6 to 2.13, the last two 2.13, see `pack_hook`; public names answer for less, and take longer.
     """
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

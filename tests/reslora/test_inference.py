@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import tuner_layers
+from helpers.adapters import VARIANTS, tuner_layers
 from helpers.encoders import Encoder, adapted_encoder, data
-from helpers.tolerances import half_rounding, rounding
+from helpers.tolerances import FLOAT64, half_rounding, rounding
 from torch import nn
 
-from peft_reslora.reslora import inference
+from peft_reslora.reslora import factor_sharing, inference, variant
+from peft_reslora.reslora.passes import Scope
 
 SHORTCUTS = [("input", 1), ("block", 1), ("block", -1), ("middle", 1), ("middle", -1)]
 
@@ -25,6 +27,14 @@ def filled(shortcut: str, pre_num: int, **fields: Any) -> Any:
 def ordinary(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         return model(x).detach()
+
+
+def in_the_ordinary_way(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Without gradients, each layer's factors read when it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variant, "plain_pass", lambda *args: None)
+        patch.setattr(factor_sharing, "_sums_updates", lambda *args: False)
+        return quick(model, x)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
@@ -41,9 +51,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The positions of the layers that have taken the short way."""
     positions: list[int] = []
 
-    def watch(running: Any, chain: Any, position: int, *tensors: torch.Tensor) -> torch.Tensor:
+    def watch(running: Any, chain: Any, position: int, *args: Any) -> torch.Tensor:
         positions.append(position)
-        return add_plainly(running, chain, position, *tensors)
+        return add_plainly(running, chain, position, *args)
 
     add_plainly = inference.add_plainly
     monkeypatch.setattr("peft_reslora.reslora.variant.add_plainly", watch)
@@ -207,3 +217,88 @@ def test_outputs_have_the_dtype_that_they_have_in_the_ordinary_way(
     expected, found = seen
     assert found.dtype == expected.dtype
     assert_near(found, expected.detach(), half_rounding(4, torch.bfloat16))
+
+
+def within_the_pass(model: Any, at: str, change: Callable[[Any], None]) -> Any:
+    """The model, changed whenever the layer `at` is about to run."""
+    tuner_layers(model)[at].register_forward_pre_hook(lambda layer, args: change(model))
+    return model
+
+
+def double_scale(model: Any) -> None:
+    for layer in tuner_layers(model).values():
+        layer.set_scale("default", 2 * layer.scaling["default"])
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize("change", [set_data, replace_parameters, double_scale], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("at", ["layers.0.down", "layers.2.up", "layers.4.up"])
+def test_changes_within_the_forward_pass_hold_from_there_on(
+    shortcut: str, pre_num: int, change: Callable[[Any], None], at: str
+) -> None:
+    """Of what an earlier layer hands on, what it was when that layer ran; of its factors, what they are."""
+    if (shortcut, change) == ("block", set_data) and pre_num != 1:
+        pytest.skip("factors put side by side are copies, and nothing counts such a change")
+    x = data()
+    torch.manual_seed(2)
+    expected = in_the_ordinary_way(within_the_pass(filled(shortcut, pre_num), at, change), x)
+    torch.manual_seed(2)
+    model = within_the_pass(filled(shortcut, pre_num), at, change)
+    assert_near(quick(model, x), expected, FLOAT64)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+def test_blocks_that_run_again_in_one_call_see_what_has_changed_in_between(shortcut: str, pre_num: int) -> None:
+    class Loop(Encoder):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            set_data(self)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = adapted_encoder(Loop(5), shortcut, pre_num, init_lora_weights=False).eval()
+    twin, x = copy.deepcopy(model), data()
+    torch.manual_seed(2)
+    expected = ordinary(twin, x)
+    torch.manual_seed(2)
+    assert_near(quick(model, x), expected, FLOAT64)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+@pytest.mark.parametrize("with_gradients", [[0], [1], [2, 3], [0, 4]])
+def test_gradients_that_are_enabled_within_do_not_mix_up_what_is_handed_on(
+    shortcut: str, pre_num: int, with_gradients: list[int]
+) -> None:
+    model, x = filled(shortcut, pre_num), data()
+    expected = ordinary(model, x)
+    for i in with_gradients:
+        layer = model.base_model.model.layers[i]
+        layer.forward = torch.enable_grad()(layer.forward)
+    assert_near(quick(model, x), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("pre_num", [1, 2, -1])
+def test_no_layer_holds_copies_of_many_factors_beside_many_rows(pre_num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, closed = filled("block", pre_num), list[int]()
+    monkeypatch.setattr(Scope, "close", lambda scope: closed.append(len(scope.stacks)))
+    quick(model, data(20000, 5))
+    assert closed
+    assert not any(closed)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+def test_a_trace_takes_the_ordinary_way_which_chooses_nothing_by_sizes(
+    shortcut: str, pre_num: int, taken: list[int]
+) -> None:
+    model, x = filled(shortcut, pre_num), data().detach()
+    with torch.no_grad():
+        traced = torch.jit.trace(model.base_model.model, x, check_trace=False)
+    assert not taken
+    assert_near(traced(x), ordinary(model, x), FLOAT64)
+
+
+@pytest.mark.parametrize(("shortcut", "pre_num"), VARIANTS)
+def test_a_graph_without_gradients_is_whole(shortcut: str, pre_num: int) -> None:
+    model, x = filled(shortcut, pre_num), data()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    assert_near(quick(compiled, x), ordinary(model, x), FLOAT64)
