@@ -177,7 +177,7 @@ def plain_weights(layer: nn.Module, containers: Sequence[str], name: str) -> lis
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
             return None
         weight = linear._parameters.get("weight")
-        if type(weight) is not nn.Parameter or "forward" in linear.__dict__ or not weight.numel():
+        if type(weight) is not nn.Parameter or "forward" in linear.__dict__ or weight.dim() != 2 or not weight.numel():
             return None
         weights.append(weight)
     return weights
