@@ -9,6 +9,7 @@ of what they are made from:
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import os
 import re
@@ -124,12 +125,42 @@ def _fidelity(_: str) -> str:
     return _table(("task, shortcut", "drop", "input_norm", "weight_norm", "least_squares", "accuracy"), *rows)
 
 
+_COMPARED = {
+    "LoRA": ("LoRA",),
+    "`block`, `pre_num` 1, all": ("ResLoRA block 1", "ResLoRA block all"),
+    "`middle`, `pre_num` 1, all": ("ResLoRA middle 1", "ResLoRA middle all"),
+    "`input`": ("ResLoRA input",),
+    "MoRA `sharing`, `rotation`": ("MoRA sharing", "MoRA rotation"),
+    "rsLoRA, DoRA, AdaLoRA": ("rsLoRA", "DoRA", "AdaLoRA"),
+}
+
+
+def _compared(argument: str) -> str:
+    """The differences to LoRA of the comparisons in benchmarks/results, in bold where they are better or worse."""
+    tables = []
+    for folder in argument.split():
+        with (_RESULTS / folder / "table.csv").open(encoding="utf-8", newline="") as file:
+            tables.append({row["method"]: row for row in csv.DictReader(file)})
+    rows = []
+    for label, methods in _COMPARED.items():
+        cells = (", ".join(_difference(table[method]) for method in methods) for table in tables)
+        rows.append((label, *cells))
+    return _table(("", "SST-2, accuracy in %", "emoji, denoising loss in %"), *rows)
+
+
+def _difference(row: dict[str, str]) -> str:
+    if row["verdict"] == "reference":
+        return row["test"]
+    return f"**{row['difference']}**" if row["verdict"] in ("better", "worse") else row["difference"]
+
+
 _MAKERS: dict[str, Callable[[str], str]] = {
     "fields": _fields,
     "refused-fields": _refused_fields,
     "help": _help,
     "result": _result,
     "fidelity": _fidelity,
+    "compared": _compared,
 }
 
 if __name__ == "__main__":
