@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, LinearBlock, is_inactive
+from peft_reslora.reslora.factor_sharing import are_sharded
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.passes import Scope
 from peft_reslora.reslora.products import HALVES, expand
@@ -71,8 +72,10 @@ def plain_pass(chain: Chain, position: int, layer: Any, x: torch.Tensor) -> Plai
     dtype = own.A.dtype
     if not (x.dtype is dtype or (dtype is torch.float32 and x.dtype in HALVES)) or x.device != own.A.device:
         return None
-    if chain.config.shortcut != "block" or not position:
+    if chain.config.shortcut != "block":
         return PlainPass(scope, [own], None)
+    if are_sharded(chain, position):
+        return None
     span = chain.span(position)
     if len(span) >= _STACKED and x.numel() < _FEW:
         stack = _stack(chain, scope, position, own)

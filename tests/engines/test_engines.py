@@ -86,6 +86,8 @@ def assert_same_training(actual: Results | str, expected: Results, engine: str) 
     bound = rounding(terms) if engine.startswith("zero") else MODEL64
     assert actual["losses"] == pytest.approx(expected["losses"], rel=bound)
     assert actual["losses"][0] == pytest.approx(expected["losses"][0], rel=MODEL64)
+    assert actual["evaluated"] == pytest.approx(expected["evaluated"], rel=bound)
+    assert actual["evaluated"][0] == pytest.approx(expected["evaluated"][0], rel=MODEL64)
     for found, wanted in zip(actual["gradients"], expected["gradients"], strict=True):
         assert found.keys() == wanted.keys()
         seen = {name for name, grad in found.items() if grad.numel()}  # see `accelerated`

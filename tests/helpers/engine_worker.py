@@ -91,17 +91,32 @@ def train(
     rank: int,
     world: int,
 ) -> Results:
-    """Two steps; the losses, averaged over the processes, the gradients of each, and the norms that were recorded."""
-    results: Results = {"losses": [], "gradients": []}
-    for rows in batches():
-        loss = loss_of(model, rows.chunk(world)[rank])
+    """Two steps; the losses, averaged over the processes, the gradients of each, and the norms that were recorded.
+
+    Before the steps and after them, the loss of an evaluation, which has no gradients.
+    """
+
+    def averaged(loss: torch.Tensor) -> float:
         mean = loss.detach().double() / world
         if world > 1:
             dist.all_reduce(mean)
-        results["losses"].append(float(mean))
+        return float(mean)
+
+    def evaluated() -> float:
+        model.eval()
+        with torch.no_grad():
+            loss = averaged(loss_of(model, batches()[0].chunk(world)[rank]))
+        model.train()
+        return loss
+
+    results: Results = {"losses": [], "gradients": [], "evaluated": [evaluated()]}
+    for rows in batches():
+        loss = loss_of(model, rows.chunk(world)[rank])
+        results["losses"].append(averaged(loss))
         backward(loss)
         results["gradients"].append({name: gradient(p).clone() for name, p in trainable(model).items()})
         step()
+    results["evaluated"].append(evaluated())
     results["norms"] = {
         name.removeprefix("module."): b.clone() for name, b in model.named_buffers() if "lora_norm" in name
     }
