@@ -51,7 +51,12 @@ def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
     gradient by each region that reads it, while DDP, ZeRO and hooks wait for the first only, and a region that asks
     for the gradients of its own parameters would lose the others'.
     """
-    seen = _seen(chain, position)
+    if torch.compiler.is_compiling():  # what is looked at is guarded
+        seen = _look(chain, _neighbors(chain, position))
+    else:
+        seen = chain.relay.once(
+            lambda: _look(chain, range(len(chain))), lambda: _look(chain, _neighbors(chain, position))
+        )
     if seen.sharded or chain.relay.crosses_graphs(position):
         return Way.HANDED
     if not chain.kind.adds_up:
@@ -110,18 +115,6 @@ def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
     return x.dtype == A.dtype in (torch.float32, torch.float64) and whole_update_is_cheaper(
         x.numel() // x.shape[-1], A.shape[0], chain.ranks[position], A.shape[1], B.shape[0]
     )
-
-
-def are_sharded(chain: Chain, position: int) -> bool:
-    """Whether the layers of the running forward pass hand their factors on, since none can read another's."""
-    return _seen(chain, position).sharded
-
-
-def _seen(chain: Chain, position: int) -> _Seen:
-    """What is seen of the chain; once in a forward pass, so that all of its layers go the same way."""
-    if torch.compiler.is_compiling():  # what is looked at is guarded
-        return _look(chain, _neighbors(chain, position))
-    return chain.relay.once(lambda: _look(chain, range(len(chain))), lambda: _look(chain, _neighbors(chain, position)))
 
 
 def _look(chain: Chain, positions: Iterable[int]) -> _Seen:

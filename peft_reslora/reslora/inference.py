@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, LinearBlock, is_inactive
-from peft_reslora.reslora.factor_sharing import are_sharded
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.passes import Scope
 from peft_reslora.reslora.products import HALVES, expand
@@ -74,7 +73,7 @@ def plain_pass(chain: Chain, position: int, layer: Any, x: torch.Tensor) -> Plai
         return None
     if chain.config.shortcut != "block":
         return PlainPass(scope, [own], None)
-    if are_sharded(chain, position):
+    if not _is_whole(chain, scope):
         return None
     span = chain.span(position)
     if len(span) >= _STACKED and x.numel() < _FEW:
@@ -125,6 +124,15 @@ def _plain_term(chain: Chain, layer: Any) -> PlainTerm | None:
         return None
     A, B = weights
     return PlainTerm(A, B, layer.scaling[name]) if A.dtype is B.dtype and A.device == B.device else None
+
+
+def _is_whole(chain: Chain, scope: Scope) -> bool:
+    """Whether all layers have plain factors as the first of them runs; where not, all of them hand theirs on."""
+    key = chain.relay.key
+    if key not in scope.whole:
+        layers = [layer for k in range(len(chain)) if (layer := chain.find(k)) is not None]
+        scope.whole[key] = all(plain_weights(layer, FACTOR_NAMES, chain.adapter_name) is not None for layer in layers)
+    return scope.whole[key]
 
 
 def _plain_terms(chain: Chain, positions: Iterable[int], like: PlainTerm) -> list[PlainTerm] | None:

@@ -57,6 +57,7 @@ class Scope:
         self.totals: dict[int, tuple[int, bool, torch.Tensor]] = {}  # of each chain: see `Relay.total`
         self.facts: dict[int, Any] = {}  # of each chain: see `Relay.once`
         self.stacks: dict[int, Any] = {}  # of each chain: see `inference.py`
+        self.whole: dict[int, bool] = {}  # likewise
         self.around: Surroundings | None = None
         self.nest = NO_REGION
         self.plain = False  # made without gradients, outside of all regions, hooks and backward passes
