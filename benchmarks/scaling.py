@@ -47,9 +47,11 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def exponents(results: list[dict[str, Any]], name: str) -> tuple[float, float]:
-    """With which the time and the memory of a method grow."""
+def exponents(results: list[dict[str, Any]], name: str) -> tuple[float, ...]:
+    """With which the time and the memory of a method grow; none of a single length."""
     own = [result for result in results if result["method"] == name]
+    if len({result["length"] for result in own}) < 2:
+        return ()
     lengths = [float(result["length"]) for result in own]
     time, memory = ([max(1e-9, result[key]) for result in own] for key in ("seconds", "peak_bytes"))
     return growth_exponent(lengths, time), growth_exponent(lengths, memory)
@@ -86,9 +88,9 @@ def main() -> None:
     rows = []
     for name in NAMES:
         own = [result for result in results if result["method"] == name]
-        time, memory = exponents(results, name)
         ratios = [f"{r['to_lora']}, {r['peak_to_lora']:.2f}" for r in own]
-        rows.append([name, *ratios, f"{time:.2f}, {memory:.2f}"])
+        grown = ", ".join(f"{exponent:.2f}" for exponent in exponents(results, name))
+        rows.append([name, *ratios, grown or "-"])
     finish(options, header, rows, results, partial(plot, results))
 
 

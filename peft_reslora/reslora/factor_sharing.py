@@ -44,8 +44,10 @@ class _Seen(NamedTuple):
     hooked: bool
 
 
-def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
+def way_to_factors(chain: Chain, position: int, x: torch.Tensor, folded: bool = False) -> Way:
     """How the layer at `position`, whose input is `x`, has the factors of those before it.
+
+    `folded`: whether the sum of whole updates could go into the base weight (`whole_update_is_cheaper`).
 
     They are handed under FSDP2, and in re-entrant checkpointing, where a parameter would be given a part of its
     gradient by each region that reads it, while DDP, ZeRO and hooks wait for the first only, and a region that asks
@@ -63,7 +65,7 @@ def way_to_factors(chain: Chain, position: int, x: torch.Tensor) -> Way:
         return Way.HANDED if seen.hooked else Way.READ
     if seen.hooked:
         return Way.CALLED
-    return Way.SUMMED if _sums_updates(chain, position, x) else Way.READ
+    return Way.SUMMED if _sums_updates(chain, position, x, folded) else Way.READ
 
 
 def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[Term]:
@@ -102,7 +104,7 @@ def summed_update(chain: Chain, position: int, device: torch.device) -> torch.Te
     return chain.relay.total(position, start, extend)
 
 
-def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
+def _sums_updates(chain: Chain, position: int, x: torch.Tensor, folded: bool) -> bool:
     """Whether to keep one running sum of whole updates: in deep chains that take from all layers.
 
     Only in the precision of the factors, since the sum would be rounded once per layer.
@@ -113,7 +115,7 @@ def _sums_updates(chain: Chain, position: int, x: torch.Tensor) -> bool:
         return False
     A, B = chain.block(position).weights
     return x.dtype == A.dtype in (torch.float32, torch.float64) and whole_update_is_cheaper(
-        x.numel() // x.shape[-1], A.shape[0], chain.ranks[position], A.shape[1], B.shape[0]
+        x.numel() // x.shape[-1], A.shape[0], chain.ranks[position], A.shape[1], B.shape[0], folded
     )
 
 

@@ -128,14 +128,14 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
                 variant.chain.enter(variant.position, self)
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in PEFT, and in generation, with one adapter on a linear layer, in fewer steps than there.
+        """As in PEFT, and with one adapter on a linear layer, where there is a shorter way, in fewer steps than there.
 
         x may come as `input`, the name that torch's layers have for it: PEFT's (0.21.2) fail on diffusers' motion
         modules, which call `proj_in(input=...)` (0.42).
         """
         if x is None and "input" in kwargs:
             x = kwargs.pop("input")
-        if not (torch.is_grad_enabled() or args or kwargs or self.merged_adapters or self.disable_adapters):
+        if not (args or kwargs or self.merged_adapters or self.disable_adapters):
             names = self.active_adapters
             variant = self.lora_variant.get(names[0]) if self.is_linear and len(names) == 1 else None
             if isinstance(variant, ResLoRAVariant) and (output := variant.forward_alone(self, x)) is not None:

@@ -39,12 +39,18 @@ def wide_sum(x: torch.Tensor, previous: torch.Tensor, dtype: torch.dtype) -> tor
     return x.to(wide) + previous.to(wide)
 
 
-def whole_update_is_cheaper(rows: int, rank: int, ranks: int, in_features: int, out_features: int) -> bool:
+def whole_update_is_cheaper(
+    rows: int, rank: int, ranks: int, in_features: int, out_features: int, folded: bool = False
+) -> bool:
     """Whether x (sum_k B_k A_k)^T takes fewer multiplications by the whole sum than by the factors side by side.
+
+    Both have twice as many again in the backward pass, but for a sum that is `folded` into the base weight: that has
+    the product for its own gradient, and no other with x or the output's gradient.
 
     Args:
         rows: of x.
         rank: of the term by which the sum of the layer before is extended.
         ranks: of all terms together.
     """
-    return rows * (in_features + out_features) * ranks > in_features * out_features * (rows + rank)
+    products = rows if folded else 3 * rows
+    return 3 * rows * (in_features + out_features) * ranks > in_features * out_features * (products + 3 * rank)

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
+from torch import nn
 
-from peft_reslora.reslora.blocks.linear import LinearBlock
+from peft_reslora.reslora.blocks.linear import LinearBlock, is_inactive
 from peft_reslora.reslora.factor_sharing import Way, add_by_calls, summed_update, terms, way_to_factors
 from peft_reslora.reslora.inference import add_plainly, plain_pass
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.products import HALVES, autocasts, project
 from peft_reslora.reslora.relay import is_ahead
 from peft_reslora.reslora.shortcuts import annealed_hidden, middle_hidden
-from peft_reslora.shared.host import is_transformed
+from peft_reslora.shared.host import is_bare_linear, is_transformed
 
 
 class ResLoRAVariant(LoraVariant):
@@ -55,11 +56,29 @@ class ResLoRAVariant(LoraVariant):
 
     def forward_alone(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output where this is its only adapter; None where PEFT's own forward has to ask for it."""
+        if torch.is_grad_enabled():
+            return self._folded(module, x)
         if (running := plain_pass(self.chain, self.position, module, x)) is None:
             return None
         result = module.base_layer(x)
         output = add_plainly(running, self.chain, self.position, module, x, result)
         return output if output.dtype is result.dtype else output.to(result.dtype)
+
+    def _folded(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """Eq. 3 as (W + U) x + b, for a sum U of whole updates: one product where W x + U x are two.
+
+        Where anything but W itself stands between x and W x, or a dropout before U, each has its own.
+        """
+        base, chain = module.base_layer, self.chain
+        if chain.config.pre_num != -1 or chain.config.shortcut != "block" or not is_bare_linear(base):
+            return None
+        weight, block = base.weight, chain.kind(module, chain.adapter_name)
+        if type(weight) is not nn.Parameter or weight.dtype != x.dtype or weight.device != x.device:
+            return None
+        if not is_inactive(block.dropout) or way_to_factors(chain, self.position, x, folded=True) is not Way.SUMMED:
+            return None
+        module.note_call(chain.adapter_name)
+        return F.linear(x, weight + summed_update(chain, self.position, x.device), base.bias)
 
     def _input(self, block: LinearBlock, x: torch.Tensor) -> torch.Tensor:
         """Eq. 2: A_n D(x_n + x_{n-1}), where x_{-1} := x_0.
