@@ -236,7 +236,8 @@ class Comparison:
             with_head(self.budgets[method].tuner, self.task) for method in (name, self.settings.reference)
         )
         batch = self.settings.training.get("per_device_train_batch_size", 16)
-        return relative_cost(self.task, own, reference, self.settings.cost_pairs, batch)
+        steps = planned_steps(self.settings.training, len(self.task.train))
+        return relative_cost(self.task, own, reference, self.settings.cost_pairs, batch, steps)
 
     def _search(self, name: str, k: int, seed: int) -> dict[str, Any]:
         trained = self._fit(name, k, seed)

@@ -38,9 +38,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def relative_cost(
-    task: Task, tuner: Mapping[str, Any], reference: Mapping[str, Any], pairs: int, batch_size: int
+    task: Task, tuner: Mapping[str, Any], reference: Mapping[str, Any], pairs: int, batch_size: int, run_steps: int
 ) -> dict[str, Any]:
     """Median and quartiles of the step's time over the reference's on the same batch, and the ratio of peaks.
+
+    The adapters are those of a run of `run_steps` steps, into which a schedule of AdaLoRA has to fit.
 
     On a CPU the time is that of the process, which other programs on the machine change little. Peak memory is what
     one forward and backward has alive beside weights and optimizer.
@@ -49,7 +51,7 @@ def relative_cost(
     steps, clock = [], _clock(device)
     for fields in (reference, tuner):
         torch.manual_seed(0)
-        steps.append(_stepper(adapt(task.fresh_model(), make_config(fields, 100)).to(device).train()))
+        steps.append(_stepper(adapt(task.fresh_model(), make_config(fields, run_steps)).to(device).train()))
     batches = [_to(batch, device) for batch in task.batches(batch_size * 4, batch_size)]
     times = [_time_pair(steps, batches[i % len(batches)], clock, i) for i in range(pairs + _WARMUP)][_WARMUP:]
     ratios = [own / other for other, own in times]

@@ -19,11 +19,16 @@ from torch import nn
 
 from peft_reslora.experiments import compare, comparison
 from peft_reslora.experiments.budget import Budget, count_parameters, match_budget, nearest_rank, with_rank
+from peft_reslora.experiments.config_file import from_mapping
+from peft_reslora.experiments.cost import relative_cost
 from peft_reslora.experiments.figures import shown_range
 from peft_reslora.experiments.lines import append_line, read_lines
 from peft_reslora.experiments.report import HEADER, findings, table_rows
+from peft_reslora.experiments.settings import train_settings
 from peft_reslora.experiments.statistics import smoothed, window_of
 from peft_reslora.experiments.summary import MethodSummary, summarize
+from peft_reslora.experiments.tasks import make_task
+from peft_reslora.experiments.training import with_head
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +325,14 @@ def test_the_python_of_the_docs_runs(films: Path, tmp_path: Path, monkeypatch: p
     exec(block, names)
     assert [summary.name for summary in names["summaries"]] == ["LoRA"]
     assert names["metrics"]["steps"] == 10
+
+
+def test_the_cost_is_measured_with_the_schedule_of_the_whole_run(films: Path, tmp_path: Path) -> None:
+    """Of AdaLoRA's steps, some before and after those that prune, the measured ones are a few."""
+    task = make_task(train_settings(from_mapping(tiny_run(films, tmp_path))))
+    targets = {"target_modules": ["query", "value"]}
+    reference = with_head({"peft_type": "LORA", "r": 2, **targets}, task)
+    pruned = with_head({"peft_type": "ADALORA", "target_r": 2, "tinit": 60, "tfinal": 90, **targets}, task)
+    assert relative_cost(task, pruned, reference, pairs=2, batch_size=8, run_steps=160)["step_ratio"] > 0
+    with pytest.raises(ValueError, match="budgeting phase"):
+        relative_cost(task, pruned, reference, pairs=2, batch_size=8, run_steps=100)
