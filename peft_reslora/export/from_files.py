@@ -15,7 +15,7 @@ from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import DORA_PART, LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
 from peft_reslora.export.fitting import Fit, FittedUpdate
-from peft_reslora.export.forms import LINEAR, Form, form_of
+from peft_reslora.export.forms import LINEAR, Form, dora_form_of, form_of
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer, is_dora, refuse_truncated_dora
 from peft_reslora.export.targets import linear_shape
@@ -87,8 +87,8 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     return updates
 
 
-def _form_in_files(adapter: SavedAdapter, name: str) -> Form:
-    """The form of a layer's factors.
+def _form_in_files(adapter: SavedAdapter, name: str, form_of: Callable[[nn.Module], Form] = form_of) -> Form:
+    """The form of a layer's factors, as `form_of` tells it of the base layer.
 
     Raises:
         ValueError: for a convolution without its base model, since only that tells how its kernels are applied.
@@ -124,7 +124,8 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
             merge, position = merges[name]
             factors = Factors.of(*merge.factors(position))
             if config.use_dora:
-                return fit.dora_update(factors, _norms(tensors[name], MAGNITUDE, factors), merge.exactness[position])
+                norms, form = _norms(tensors[name], MAGNITUDE, factors), _form_in_files(adapter, name, dora_form_of)
+                return fit.dora_update(factors, norms, merge.exactness[position], form)
             return chain_fit.update(factors, merge, position, _form_in_files(adapter, name))
 
         return merged
@@ -135,8 +136,10 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
 
         def dora(name: str) -> FittedUpdate:
             parts = dict(tensors[name])
+            if any(tensor.ndim > 2 for tensor in parts.values()):
+                raise ValueError(f"its DoRA is of no linear layer. {MERGE_INSTEAD}")
             norms = parts.pop(DORA_PART, None)
-            factors = _lora(config, name, parts, _form_in_files(adapter, name))
+            factors = _lora(config, name, parts, LINEAR)
             return fit.dora_update(factors, _norms({} if norms is None else {DORA_PART: norms}, DORA_PART, factors))
 
         return dora
