@@ -142,6 +142,7 @@ def test_adalora_is_exact_without_the_directions_that_were_pruned(case, tmp_path
     assert {layer.rank_before for layer in export.report.layers} == {2, 4}  # of one block and of two
 
 
+@pytest.mark.quick(case=["groups"], rank=[3, 4])
 @groups_too
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 def test_nested_ranks_are_cut_off_in_each_group(case, rank, tmp_path):
@@ -158,6 +159,7 @@ def test_nested_ranks_are_cut_off_in_each_group(case, rank, tmp_path):
     assert rows["layers.1.up"].first == (rank if b < 4 else None)
 
 
+@pytest.mark.quick(case=["1d", "2d"])
 @pytest.mark.parametrize("case", ["1d", "2d", "2d, uneven kernel", "3d", "pointwise"])
 def test_dora_is_a_dora_of_peft(case, tmp_path):
     model = convolutions.adapted(convolutions.net(case), "block", use_dora=True)

@@ -70,6 +70,7 @@ def test_every_kind_of_block_comes_in_every_form():
             assert pickle.loads(pickle.dumps(block)) is block
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["block"], reentrant=[True])
 @groups_too
 @every_cell
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -85,6 +86,7 @@ def test_under_checkpointing_it_is_the_same(case, kind, shortcut, reentrant):
     assert_gradients_close(gradients_of(model, found), wanted)
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["block"])
 @groups_too
 @every_cell
 def test_where_hooks_load_the_factors_it_is_the_same(case, kind, shortcut):
@@ -95,6 +97,7 @@ def test_where_hooks_load_the_factors_it_is_the_same(case, kind, shortcut):
     assert relative_error(model(x), expected) < FLOAT64
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["block"])
 @groups_too
 @every_cell
 def test_without_gradients_it_is_the_same(case, kind, shortcut):
@@ -106,6 +109,7 @@ def test_without_gradients_it_is_the_same(case, kind, shortcut):
         assert relative_error(model(x), expected) < FLOAT64
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["block"])
 @groups_too
 @every_cell
 def test_saved_loaded_and_copied_it_is_the_same(case, kind, shortcut, tmp_path):
@@ -121,6 +125,7 @@ def test_saved_loaded_and_copied_it_is_the_same(case, kind, shortcut, tmp_path):
         assert torch.equal(loaded(x), expected)
 
 
+@pytest.mark.quick(case=["groups"], safe_merge=[True])
 @groups_too
 @pytest.mark.parametrize("kind", KIND)
 @pytest.mark.parametrize("safe_merge", [True, False])
@@ -136,6 +141,7 @@ def test_block_merges_exactly_and_is_restored_bit_for_bit(case, kind, safe_merge
     assert all(p.is_contiguous() for p in merged.parameters())
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["middle"])
 @groups_too
 @pytest.mark.parametrize("kind", ["AdaLoRA", "nested"])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -186,6 +192,7 @@ def entries_of(layer: Any, direction: int) -> list[tuple[str, tuple[Any, ...]]]:
     return [("lora_A", (direction,)), ("lora_B", (list(rows), column))]
 
 
+@pytest.mark.quick(case=["groups"], shortcut=["block"])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 @groups_too
 def test_the_directions_with_the_least_importance_are_pruned(case, shortcut):
@@ -248,9 +255,10 @@ def pruned_by_hand(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.quick(case=["groups"])
 @groups_too
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_pruned_directions_are_not_saved_and_groups_stay_even(case, shortcut, tmp_path):
+def test_pruned_directions_are_not_saved_and_groups_stay_even(case, shortcut, tmp_path, command):
     model, x = pruned_by_hand(scored(case, shortcut)), images(case)
     expected = model(x).logits
     model.save_pretrained(tmp_path)
@@ -267,6 +275,9 @@ def test_pruned_directions_are_not_saved_and_groups_stay_even(case, shortcut, tm
         if shortcut == "block":
             delta = layer.get_delta_weight("default")
             assert torch.allclose(other.get_delta_weight("default"), delta, rtol=FLOAT64, atol=FLOAT64)
+    lazily = PeftModel.from_pretrained(Scored(case).eval(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert relative_error(lazily(x).logits, expected) < FLOAT64
+    assert "(3x3)" in command("inspect", tmp_path).out
     update_and_allocate(loaded.train(), 30)  # what is zero in an uneven group stays so
     assert relative_error(loaded.eval()(x).logits, expected) < FLOAT64
 
@@ -293,6 +304,7 @@ def test_an_estimate_is_pruned_with_its_directions(case, annealed, tmp_path):
 # Nested ranks
 
 
+@pytest.mark.quick(rank=[3])
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_in_groups_a_rank_is_the_next_that_they_share(rank, shortcut):
@@ -325,6 +337,7 @@ class Mask(nn.Module):
         return x * kept.to(x) * 1.5
 
 
+@pytest.mark.quick(case=["2d", "groups"], masked=[True])
 @pytest.mark.parametrize("case", ["1d", "2d", "3d", "groups", "dilation", "padded in a circle"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_dora_scales_each_channel_to_its_norm(case, masked):
@@ -386,6 +399,7 @@ def test_where_nothing_is_linked_dora_is_that_of_peft(kind):
     assert relative_error(ours(x), theirs(x)) < FLOAT64
 
 
+@pytest.mark.quick(dtype=[torch.bfloat16], shortcut=["block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_cell
 def test_half_precision_stays_close(kind, shortcut, dtype):
@@ -471,6 +485,7 @@ def test_a_chain_of_other_groups_is_refused(shortcut, fields):
 # A real model
 
 
+@pytest.mark.quick(kind=["AdaLoRA"])
 @pytest.mark.parametrize("kind", KIND)
 def test_a_unet_of_diffusers_computes_with_the_sum_of_the_dense_kernels(kind):
     """All of its linear layers and convolutions; output, all gradients, and the merged model."""
