@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from peft_reslora.mora.operators import delta_weight, sharing_factors, square_si
 from peft_reslora.reslora.blocks.dora import MAGNITUDE
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.plan import merges_from_state_dict
+from peft_reslora.shared.host import Convolution
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.tensors import widen
@@ -130,8 +132,13 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
 
         return merged
     if isinstance(config, MoRAConfig):
-        shapes = {name: linear_shape(module) for name, module in _modules_of_base(adapter).items() if name in tensors}
-        return lambda name: fit.update(_mora(config, name, tensors[name], shapes[name], fit.approximate))
+        modules = _modules_of_base(adapter)
+
+        def mora(name: str) -> FittedUpdate:
+            factors = _mora(config, name, tensors[name], _matrix_shape(modules[name]), fit.approximate)
+            return fit.update(factors, form=form_of(modules[name]))
+
+        return mora
     if is_dora(config):
 
         def dora(name: str) -> FittedUpdate:
@@ -182,7 +189,7 @@ def _mora(
     if "mora_M" not in parts:
         raise ValueError("its matrix is not in the file")
     if shape is None:
-        raise ValueError(f"its base layer is not linear. {MERGE_INSTEAD}")
+        raise ValueError(f"its base layer is neither linear nor a convolution. {MERGE_INSTEAD}")
     r = by_pattern(config.rank_pattern, name, config.r)
     mora_type, M = config.resolve_type(r), widen(parts["mora_M"])
     if tuple(M.shape) != (q := square_size(*shape, r, mora_type), q):
@@ -200,6 +207,13 @@ def _mora(
             "merge_and_unload()"
         )
     return Factors.of(*factorize(delta_weight(M, *shape, mora_type)))
+
+
+def _matrix_shape(base_layer: nn.Module) -> tuple[int, int] | None:
+    """Columns and rows of a layer's update as a matrix; None for a layer that is neither linear nor a convolution."""
+    if not isinstance(base_layer, Convolution):
+        return linear_shape(base_layer)
+    return base_layer.in_channels * math.prod(base_layer.kernel_size), base_layer.out_channels
 
 
 def _modules_of_base(adapter: SavedAdapter) -> dict[str, nn.Module]:
