@@ -41,8 +41,8 @@ class ChainFit:
             self._parts[id(merge)] = merge, merge.truncated(self._rank)
         _, part = self._parts[id(merge)]
         if part is merge:  # no block has more directions
-            return fit.update(whole, exactness)
-        update = fit.update(Factors.of(*part.factors(position)), exactness)
+            return fit.update(whole, exactness, form)
+        update = fit.update(Factors.of(*part.factors(position)), exactness, form)
         error = relative_error(whole, update.factors)
         return dataclasses.replace(
             update, rank_before=whole.rank, energy_kept=None, relative_error=error, first=self._rank

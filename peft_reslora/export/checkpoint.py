@@ -286,7 +286,7 @@ def assemble(
         except ValueError as error:
             raise ValueError(f"Layer {name!r} fits into no plain LoRA: {error}.") from error
         state_dict.update({f"{PREFIX}{name}.{key}": tensor for key, tensor in tensors.items()})
-    norms = {name: update.magnitude for name, update in updates.items() if update.magnitude is not None}
+    norms = {n: update.form.norms(update.magnitude) for n, update in updates.items() if update.magnitude is not None}
     lora_config.use_dora = bool(norms)
     for name, magnitude in (norms | dict(norms_of_zeros or {})).items():
         state_dict[f"{PREFIX}{name}.{DORA_PART}"] = magnitude.to("cpu", fit.dtype).contiguous()

@@ -164,7 +164,7 @@ def dora_factors(layer: Any, adapter_name: str) -> tuple[Factors, Tensor]:
         A, B, magnitude = layer.dora_factors(adapter_name)
         return Factors.of(A, B), magnitude
     variant = layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None
-    if not isinstance(variant, DoraLinearVariant):
+    if type(variant) is not DoraLinearVariant:  # those of embeddings are its subclass
         raise ValueError(f"{_class_name(layer)} has no DoRA of a linear layer; use merge_and_unload()")
     A, B = (getattr(layer, name)[adapter_name] for name in ("lora_A", "lora_B"))
     magnitude = _numbers(layer.lora_magnitude_vector[adapter_name].weight)

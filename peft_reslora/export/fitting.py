@@ -108,13 +108,15 @@ class Fit:
             error = relative_error(factors, cast)
         return FittedUpdate(Factors(cast.A.cpu(), cast.B.cpu()), factors.rank, energy_kept, error, merge, form=form)
 
-    def dora_update(self, factors: Factors, magnitude: Tensor, merge: Exactness = AS_TRAINED) -> FittedUpdate:
+    def dora_update(
+        self, factors: Factors, magnitude: Tensor, merge: Exactness = AS_TRAINED, form: Form = LINEAR
+    ) -> FittedUpdate:
         """As `update`, with the trained norms `(out_features,)` of the rows of the merged weight.
 
         Raises:
             ValueError: as `update`.
         """
-        update, cast = self.update(factors, merge), magnitude.to(self.dtype)
+        update, cast = self.update(factors, merge, form), magnitude.to(self.dtype)
         if not torch.isfinite(cast).all():
             raise ValueError(f"its norms (DoRA's magnitude) hold NaN or inf, or numbers too large for {self.dtype}")
         error = torch.linalg.vector_norm(cast.double() - magnitude.double()) / torch.linalg.vector_norm(

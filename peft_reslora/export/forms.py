@@ -51,6 +51,10 @@ class Form:
         A, B = (tensor.flatten(1) for tensor in tensors)
         return A, torch.block_diag(*B.chunk(self.groups)) if self.groups > 1 else B
 
+    def norms(self, magnitude: Tensor) -> Tensor:
+        """DoRA's m `(out_features,)` as the file has it: of a convolution as `(1, out_channels, 1, ...)`."""
+        return magnitude.view(1, -1, *(1 for _ in self.size)) if self.size else magnitude
+
     def _by_group(self, B: Tensor) -> list[list[int]]:
         """The directions of each group: those whose column of B is in its rows.
 
@@ -103,6 +107,21 @@ def form_of(base_layer: nn.Module) -> Form:
             "what it does; use merge_and_unload()"
         )
     return Form(size=tuple(base_layer.kernel_size), groups=base_layer.groups)
+
+
+def dora_form_of(base_layer: nn.Module) -> Form:
+    """The form of the factors of a DoRA for a layer.
+
+    Raises:
+        ValueError: as `form_of`.
+    """
+    form = form_of(base_layer)
+    if form.groups > 1:
+        raise ValueError(
+            f"its base layer is a convolution in {form.groups} groups, whose norms PEFT's DoRA takes of other kernels "
+            "(0.21.2), so that no DoRA computes what it does; use merge_and_unload()"
+        )
+    return form
 
 
 @torch.no_grad()

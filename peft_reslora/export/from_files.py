@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import DORA_PART, LoraExport, assemble
 from peft_reslora.export.factors import Factors, factorize
 from peft_reslora.export.fitting import Fit, FittedUpdate
-from peft_reslora.export.forms import LINEAR, Form, form_of
+from peft_reslora.export.forms import LINEAR, Form, dora_form_of, form_of
 from peft_reslora.export.reading import FETCH, PARTS, WITH_BASE, SavedAdapter, read_adapter
 from peft_reslora.export.source import MERGE_INSTEAD, in_layer, is_dora, refuse_truncated_dora
 from peft_reslora.export.targets import linear_shape
@@ -24,6 +25,7 @@ from peft_reslora.mora.operators import delta_weight, sharing_factors, square_si
 from peft_reslora.reslora.blocks.dora import MAGNITUDE
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.plan import merges_from_state_dict
+from peft_reslora.shared.host import Convolution
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.tensors import widen
@@ -87,8 +89,8 @@ def updates_in_files(adapter: SavedAdapter, fit: Fit) -> dict[str, FittedUpdate]
     return updates
 
 
-def _form_in_files(adapter: SavedAdapter, name: str) -> Form:
-    """The form of a layer's factors.
+def _form_in_files(adapter: SavedAdapter, name: str, form_of: Callable[[nn.Module], Form] = form_of) -> Form:
+    """The form of a layer's factors, as `form_of` tells it of the base layer.
 
     Raises:
         ValueError: for a convolution without its base model, since only that tells how its kernels are applied.
@@ -124,19 +126,27 @@ def _updates_in_files(adapter: SavedAdapter, fit: Fit) -> Callable[[str], Fitted
             merge, position = merges[name]
             factors = Factors.of(*merge.factors(position))
             if config.use_dora:
-                return fit.dora_update(factors, _norms(tensors[name], MAGNITUDE, factors), merge.exactness[position])
+                norms, form = _norms(tensors[name], MAGNITUDE, factors), _form_in_files(adapter, name, dora_form_of)
+                return fit.dora_update(factors, norms, merge.exactness[position], form)
             return chain_fit.update(factors, merge, position, _form_in_files(adapter, name))
 
         return merged
     if isinstance(config, MoRAConfig):
-        shapes = {name: linear_shape(module) for name, module in _modules_of_base(adapter).items() if name in tensors}
-        return lambda name: fit.update(_mora(config, name, tensors[name], shapes[name], fit.approximate))
+        modules = _modules_of_base(adapter)
+
+        def mora(name: str) -> FittedUpdate:
+            factors = _mora(config, name, tensors[name], _matrix_shape(modules[name]), fit.approximate)
+            return fit.update(factors, form=form_of(modules[name]))
+
+        return mora
     if is_dora(config):
 
         def dora(name: str) -> FittedUpdate:
             parts = dict(tensors[name])
+            if any(tensor.ndim > 2 for tensor in parts.values()):
+                raise ValueError(f"its DoRA is of no linear layer. {MERGE_INSTEAD}")
             norms = parts.pop(DORA_PART, None)
-            factors = _lora(config, name, parts, _form_in_files(adapter, name))
+            factors = _lora(config, name, parts, LINEAR)
             return fit.dora_update(factors, _norms({} if norms is None else {DORA_PART: norms}, DORA_PART, factors))
 
         return dora
@@ -179,7 +189,7 @@ def _mora(
     if "mora_M" not in parts:
         raise ValueError("its matrix is not in the file")
     if shape is None:
-        raise ValueError(f"its base layer is not linear. {MERGE_INSTEAD}")
+        raise ValueError(f"its base layer is neither linear nor a convolution. {MERGE_INSTEAD}")
     r = by_pattern(config.rank_pattern, name, config.r)
     mora_type, M = config.resolve_type(r), widen(parts["mora_M"])
     if tuple(M.shape) != (q := square_size(*shape, r, mora_type), q):
@@ -197,6 +207,13 @@ def _mora(
             "merge_and_unload()"
         )
     return Factors.of(*factorize(delta_weight(M, *shape, mora_type)))
+
+
+def _matrix_shape(base_layer: nn.Module) -> tuple[int, int] | None:
+    """Columns and rows of a layer's update as a matrix; None for a layer that is neither linear nor a convolution."""
+    if not isinstance(base_layer, Convolution):
+        return linear_shape(base_layer)
+    return base_layer.in_channels * math.prod(base_layer.kernel_size), base_layer.out_channels
 
 
 def _modules_of_base(adapter: SavedAdapter) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
 from peft_reslora.export.factors import dora_factors, layer_factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
-from peft_reslora.export.forms import form_of
+from peft_reslora.export.forms import dora_form_of, form_of
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
@@ -218,7 +218,7 @@ def _update(
     place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
     if is_dora(config):
         merge = AS_TRAINED if place is None else place[0].merge().exactness[place[1]]
-        return fit.dora_update(*dora_factors(layer, adapter_name), merge)
+        return fit.dora_update(*dora_factors(layer, adapter_name), merge, dora_form_of(layer.get_base_layer()))
     factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
     form = form_of(layer.get_base_layer())
     if place is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from peft_reslora.shared.base_weights import (
     refuse_unreadable,
     refuse_unwritable,
 )
-from peft_reslora.shared.host import BufferDict, apply_to_tensors, cast_input, in_out_features, own_parameter
+from peft_reslora.shared.host import BufferDict, apply_to_tensors, cast_input, convolve, in_out_features, own_parameter
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.quantized import keep_bias, kept_copy, put_back, refuse_repacked
@@ -78,10 +79,15 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.in_features, self.out_features = in_out_features(self.get_base_layer())  # type: ignore[assignment]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many features the operator reads, and how many it gives: the columns and rows of the delta weight."""
+        return self.in_features, self.out_features
+
     def update_layer(self, adapter_name: str, r: int, config: MoRAConfig) -> None:
         """Add an adapter whose matrix has about as many entries as LoRA of rank `r`."""
         mora_type = config.resolve_type(r)
-        q = square_size(self.in_features, self.out_features, r, mora_type)
+        q = square_size(*self.shape, r, mora_type)
         self.r[adapter_name], self.mora_type[adapter_name], self.square_size[adapter_name] = r, mora_type, q
         self.scaling[adapter_name] = 1.0
         self.mora_dropout[adapter_name] = nn.Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
@@ -149,10 +155,13 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
     @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What merging adds to the base weight, in the base weight's own orientation, at least in float32."""
-        delta = delta_weight(
-            self._exact_matrix(adapter_name), self.in_features, self.out_features, self.mora_type[adapter_name]
+        return self.as_weight(
+            delta_weight(self._exact_matrix(adapter_name), *self.shape, self.mora_type[adapter_name])
         )
-        return delta.T if self.fan_in_fan_out else delta
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix `(out_features, in_features)` in the shape of the base layer's weight."""
+        return matrix.T if self.fan_in_fan_out else matrix
 
     @full_precision()
     def merged_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +179,7 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
                 "`rank=` or `energy=` for the nearest LoRA, or call `merge_and_unload` for an exact model without "
                 "adapters."
             )
-        return sharing_factors(M, self.in_features, self.out_features)
+        return sharing_factors(M, *self.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -244,8 +253,12 @@ class MoRALinear(nn.Module, MoRALayer):
                 if (scale := self.scaling[adapter_name]) != 1:
                     M = M * scale
                 dropped = self.mora_dropout[adapter_name](cast_input(self, x, M.dtype))
-                result = result + OPERATORS[self.mora_type[adapter_name]](dropped, M, self.out_features)
+                result = result + self.update(dropped, M, self.mora_type[adapter_name])
         return result.to(dtype)
+
+    def update(self, x: torch.Tensor, M: torch.Tensor, mora_type: MoRAType) -> torch.Tensor:
+        """decompress(M compress(x))."""
+        return OPERATORS[mora_type](x, M, self.out_features)
 
     def _refuse_offloaded_training(self, M: torch.Tensor, x: torch.Tensor) -> None:
         if M.is_meta and M.requires_grad and torch.is_grad_enabled() and not x.is_meta:
@@ -347,3 +360,27 @@ class MoRALinear(nn.Module, MoRALayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+class MoRAConvolution(MoRALinear):
+    """MoRA on `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` in one group: the operator of a linear layer, on patches.
+
+    A kernel `(out, in, *size)` is the matrix `(out, in * positions)` of what it makes of a patch. The paper has linear
+    layers only. Here the update of a convolution is the kernel whose matrix is the operator's.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many entries a patch has, and how many channels come out."""
+        return self.in_features * math.prod(self._convolution.kernel_size), self.out_features
+
+    @property
+    def _convolution(self) -> Any:
+        return self.get_base_layer()
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.unflatten(1, (self.in_features, *self._convolution.kernel_size))
+
+    def update(self, x: torch.Tensor, M: torch.Tensor, mora_type: MoRAType) -> torch.Tensor:
+        """The operator on each patch of x, as one convolution, with the base's stride, padding and dilation."""
+        return convolve(self._convolution, x, self.as_weight(delta_weight(M, *self.shape, mora_type)))

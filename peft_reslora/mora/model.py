@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +30,14 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.checkpoints import NativeCheckpoints, refuse_adapter_name
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
-from peft_reslora.shared.host import in_out_features
+from peft_reslora.shared.host import CONVOLUTIONS, in_out_features
 from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import find_targets, is_plain_linear, refuse_merged
 from peft_reslora.shared.undo import configs_kept, undone_on_failure
 
 from .config import MoRAConfig
-from .layer import MoRALayer, MoRALinear
+from .layer import MoRAConvolution, MoRALayer, MoRALinear
 from .operators import MoRAType
 
 
@@ -109,6 +110,8 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
     def _refuse_oversized(self, peft_config: Any, name: str, module: nn.Module) -> None:
         base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         in_features, out_features = in_out_features(base_layer)
+        if in_features and isinstance(base_layer, CONVOLUTIONS):
+            in_features *= math.prod(base_layer.kernel_size)
         r = by_pattern(peft_config.rank_pattern, name, peft_config.r)
         if in_features and out_features and (fault := oversized(r, in_features, out_features)):
             raise ValueError(f"MoRA cannot adapt layer {name!r}: {fault}. Lower r or its entry in rank_pattern.")
@@ -128,7 +131,9 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
             target.update_layer(adapter_name, r, peft_config)
             return
         quantization = get_quantization_kwargs(self)
-        new_module = MoRALinear(target, adapter_name, r, peft_config, layer_name=current_key, **quantization)
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = MoRAConvolution if isinstance(base_layer, CONVOLUTIONS) else MoRALinear
+        new_module = kind(target, adapter_name, r, peft_config, layer_name=current_key, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter does not train until it is set
         self._replace_module(parent, target_name, new_module, target)
@@ -220,8 +225,7 @@ def layer_sizes(model: nn.Module, adapter_name: str = "default") -> list[LayerSi
     return [
         LayerSize(
             name,
-            layer.in_features,
-            layer.out_features,
+            *layer.shape,
             layer.r[adapter_name],
             layer.mora_type[adapter_name],
             layer.square_size[adapter_name],
@@ -248,4 +252,13 @@ def _why_not(module: nn.Module, quantization: dict[str, Any]) -> str | None:
     backend = resolve_quantization_backend(module, **quantization)
     if is_plain_linear(module) or (backend is not None and backend.layer_type == "linear"):
         return None
-    return "which is no linear layer"
+    if not isinstance(module, CONVOLUTIONS):
+        return "which is no linear layer"
+    if type(module) not in CONVOLUTIONS:
+        return "which is no linear layer and computes another convolution than torch's own class"
+    if module.groups > 1:
+        return (
+            f"which is a convolution in {module.groups} groups, whose channels the square matrix would mix; "
+            "ResLoRAConfig(shortcut='block') adapts it"
+        )
+    return None

@@ -24,6 +24,7 @@ from torch import nn
 
 from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.blocks.convolution import gather
+from peft_reslora.reslora.blocks.embedding import EmbeddingBlock
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
 from peft_reslora.reslora.products import HALVES
@@ -456,11 +457,11 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
 
     @full_precision()
     def unmerged_base_weight(self) -> torch.Tensor:
-        """`frozen_weight`, for merging."""
-        return self.frozen_weight()
+        """W_n `(out_features, in_features)` without any adapter, for merging."""
+        return self.as_matrix(self.frozen_weight())
 
     def frozen_weight(self) -> torch.Tensor:
-        """W_n `(out_features, in_features)` without any adapter, dequantized."""
+        """The base layer's weight without any adapter, in its own orientation, dequantized."""
         refuse_repacked(self.get_base_layer(), self.layer_name)
         if not self.merged_adapters:
             weight = self._base_weight()
@@ -473,7 +474,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
                 "weight was not kept, so merge_estimator='weight_norm' cannot be computed. Merge all layers in one "
                 "call of merge_adapter or merge_and_unload."
             )
-        return self.as_matrix(weight)
+        return weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `get_delta_weight` has the data it needs."""
@@ -587,6 +588,12 @@ class Embedding(ResLoRALayer, lora.layer.Embedding):
             raise ValueError(
                 f"Adapter {linked[0]!r} links embedding {self.layer_name!r} to another, which batches with several "
                 "adapters (adapter_names) cannot have. Use set_adapter, one adapter at a time."
+            )
+        if other := [n for n, place in places.items() if place is not None and place[0].kind is not EmbeddingBlock]:
+            raise ValueError(
+                f"Adapter {other[0]!r} is no plain LoRA on embedding {self.layer_name!r} "
+                f"({type(self.block_of(other[0])).__name__}), but batches with several adapters (adapter_names) would "
+                "compute one. Use set_adapter, one adapter at a time."
             )
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 

@@ -150,6 +150,7 @@ class Chain:
                 stored(layer.lora_shortcut, name),
                 stored(layer.lora_calibrated, name),
                 float(stored(layer.lora_annealed, name) or 0.0),
+                groups=self.kind(layer, name).groups,
             )
             for layer_name, layer in zip(self.names, self.layers, strict=True)
         ]

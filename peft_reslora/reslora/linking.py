@@ -37,11 +37,6 @@ from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, 
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
 _REFUSED_BASE_LAYERS = (nn.Embedding, Convolution, nn.MultiheadAttention)
-_OTHER_BLOCKS = {
-    "use_dora": "DoRA (use_dora)",
-    "total_step": "AdaLoRA (total_step)",
-    "nested_ranks": "nested ranks (nested_ranks)",
-}
 
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
@@ -71,9 +66,32 @@ def link_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: str) -> N
         members = [layers[name] for name in names]
         doorways = [add_doorway(module) for module in _holding_all(model, [paths[layer] for layer in members])]
         chain = Chain(names, members, adapter_name, config, doorways)
+        _refuse_other_groups(chain)
         for position, layer in enumerate(chain.layers):
             layer.link(adapter_name, chain, position)
     _warn_of_lone_layers(adapter_name, config, table, new)
+
+
+def _refuse_other_groups(chain: Chain) -> None:
+    """Refuse convolutions in one chain whose directions are in other groups, as only chosen `chain_cuts` make them.
+
+    With 'input' no layer meets another's directions. 'middle' adds hidden states direction by direction, whatever the
+    groups are; but which directions are left after pruning, or are in use at a rank, depends on them.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    config, layers = chain.config, chain.layers
+    counts = [getattr(layer.get_base_layer(), "groups", 1) for layer in layers]
+    whole = config.total_step is None and not config.nested_ranks
+    if len(set(counts)) == 1 or config.shortcut == "input" or (config.shortcut == "middle" and whole):
+        return
+    other = next(n for n, count in enumerate(counts) if count != counts[0])
+    raise ValueError(
+        f"Layers {chain.names[0]!r} and {chain.names[other]!r} are convolutions in {counts[0]} and {counts[other]} "
+        f"groups, and chain_cuts={config.chain_cuts!r} links them, so that shortcut={config.shortcut!r} cannot be "
+        f"computed. Name {chain.names[other]!r} in chain_cuts, or set it to 'auto'."
+    )
 
 
 def _warn_of_lone_layers(adapter_name: str, config: ResLoRAConfig, table: ChainTable, new: bool) -> None:
@@ -236,7 +254,7 @@ def find_target_layers(
         if is_plain_linear(base) or isinstance(base, custom):
             return None
         if isinstance(base, CONVOLUTIONS):
-            return _why_not_convolution(base, config)
+            return _why_not_convolution(base)
         if isinstance(base, nn.Embedding):
             return _why_not_embedding(base, config)
         if isinstance(base, nn.MultiheadAttention):
@@ -252,11 +270,9 @@ def find_target_layers(
     return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)
 
 
-def _why_not_convolution(base: nn.Module, config: ResLoRAConfig) -> str | None:
+def _why_not_convolution(base: nn.Module) -> str | None:
     if type(base) not in CONVOLUTIONS:
         return "which is no linear layer and computes another convolution than torch's own class"
-    if other := [words for field, words in _OTHER_BLOCKS.items() if getattr(config, field)]:
-        return f"a convolution, which has no blocks of {other[0]} here; train it without, in an adapter of its own"
     return None
 
 
@@ -266,8 +282,6 @@ def _why_not_embedding(base: nn.Embedding, config: ResLoRAConfig) -> str | None:
             f"which is no linear layer: its inputs are indices, which shortcut={config.shortcut!r} cannot add up (use "
             "shortcut='block'; modules_to_save and trainable_token_indices train embeddings too)"
         )
-    if other := [words for field, words in _OTHER_BLOCKS.items() if getattr(config, field)]:
-        return f"an embedding, which has no blocks of {other[0]} here; train it without, in an adapter of its own"
     if type(base).forward is not nn.Embedding.forward or base.max_norm is not None:
         return "which is no linear layer and computes more than its weight's rows"
     return None

@@ -376,9 +376,11 @@ def _make_room_for_directions(layers: Mapping[str, Any], adapter_name: str, foun
     undo: list[Callable[[], None]] = []
     ranks = {}
     for name, layer in layers.items():
-        A, rank = found[name]["lora_A"], layer.r[adapter_name]
-        if A is not None and A.ndim == 2 and 0 < len(A) <= config.init_r and len(A) != rank:
-            undo.append(layer.block_of(adapter_name).resize(len(A)))
+        block, rank = layer.block_of(adapter_name), layer.r[adapter_name]
+        A = found[name][block.factor_names[0]]
+        fits = A is not None and A.ndim == block.weights[0].ndim and len(A) % block.groups == 0
+        if fits and 0 < len(A) <= config.init_r and len(A) != rank:
+            undo.append(block.resize(len(A)))
         ranks["^" + re.escape(name)] = layer.r[adapter_name]
     if config.rank_pattern != ranks:
         values = [found[name][SINGULAR_VALUES] for name in layers]  # with 'middle', all may keep all directions

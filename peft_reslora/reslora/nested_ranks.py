@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from peft_reslora.reslora.blocks.nested import Directions
+from peft_reslora.reslora.blocks.nested import Directions, first_numbers
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.linking import chains_of
 from peft_reslora.shared.patterns import scaling_of
@@ -73,15 +73,16 @@ def nested_chains(model: nn.Module, adapter_name: str) -> list[Chain]:
 
 def _directions(chain: Chain, rank: int, in_training_only: bool) -> Directions:
     """Those of a chain's layers, where the factors are."""
-    weights: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
+    weights: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
     found = []
     for layer in chain.layers:
-        A, _ = layer.block_of(chain.adapter_name).weights
-        r = layer.r[chain.adapter_name]
-        key = r, A.device, A.dtype
+        block, r = layer.block_of(chain.adapter_name), layer.r[chain.adapter_name]
+        A, _ = block.weights
+        key = r, block.groups, A.device, A.dtype
         if key not in weights:
-            b = min(rank, r)
-            share = scaling_of(chain.config, b, 1.0) / scaling_of(chain.config, r, 1.0)
-            weights[key] = share * (torch.arange(r, device="cpu" if A.is_meta else A.device) < b).to(A.dtype)
+            first = first_numbers(rank, r, block.groups)
+            share = scaling_of(chain.config, len(first), 1.0) / scaling_of(chain.config, r, 1.0)
+            weights[key] = torch.zeros(r, dtype=A.dtype, device="cpu" if A.is_meta else A.device)
+            weights[key][first] = share
         found.append(weights[key])
     return Directions(rank, found, in_training_only)

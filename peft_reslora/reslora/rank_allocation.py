@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import nn
 from transformers.integrations import deepspeed_config
 
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES, AdaloraBlock
-from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, is_readable
+from peft_reslora.reslora.blocks.convolution import columns, from_columns
+from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, LinearBlock, is_readable
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
@@ -31,13 +33,8 @@ from peft_reslora.shared.host import remove_hooks, version_of
 from peft_reslora.shared.names import bare_name
 
 _NAME = "default"  # under which the allocator knows any adapter
-# What a layer keeps by direction: along which dimension, and how many numbers of each.
-_BY_DIRECTION = {
-    **dict(zip(FACTOR_NAMES, ((0, 1), (1, 1)), strict=True)),
-    SINGULAR_VALUES: (0, 1),
-    "lora_shortcut": (0, 1),
-    "lora_calibrated": (0, 2),
-}
+# What a layer keeps by direction besides A and B, along the first dimension: how many numbers of each.
+_BY_DIRECTION = {SINGULAR_VALUES: 1, "lora_shortcut": 1, "lora_calibrated": 2}
 
 
 class RankAllocation:
@@ -126,15 +123,18 @@ class RankAllocation:
 
 
 class _PeftView:
-    """The factors of an adapter as `RankAllocator` asks for them."""
+    """The factors of an adapter as `RankAllocator` asks for them: matrices, with a row of A and a column of B for each
+    direction. In a convolution these hold the numbers of the direction's own group."""
 
     def __init__(self, blocks: Sequence[AdaloraBlock]) -> None:
         self._blocks = blocks
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for n, block in enumerate(self._blocks):
-            for name, parameter in zip(block.names, (*block.weights, block.singular_values), strict=True):
-                yield f"{n}.{name}.{_NAME}", _with_gradient(parameter)
+            A, B = block.weights
+            yield f"{n}.{FACTOR_NAMES[0]}.{_NAME}", _with_gradient(A, lambda A: A.flatten(1))
+            yield f"{n}.{FACTOR_NAMES[1]}.{_NAME}", _with_gradient(B, partial(_columns, groups=block.groups))
+            yield f"{n}.{SINGULAR_VALUES}.{_NAME}", _with_gradient(block.singular_values, lambda E: E)
 
     def has_gradients(self) -> bool:
         grads = [block.singular_values.grad for block in self._blocks]
@@ -146,13 +146,17 @@ def _nonzero(blocks: Mapping[str, AdaloraBlock]) -> dict[str, torch.Tensor]:
     return {name: block.singular_values.detach().flatten() != 0 for name, block in blocks.items()}
 
 
-def _with_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's own numbers with its gradient: zero where there is none, or where it has overflowed (such a
-    step is left out)."""
-    seen = parameter.detach()
+def _with_gradient(parameter: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `view` shows of the parameter's numbers, with its gradient: zero where there is none, or where it has
+    overflowed (such a step is left out)."""
+    seen = view(parameter.detach())
     grad = parameter.grad
-    seen.grad = torch.zeros_like(seen) if grad is None else grad.detach().nan_to_num(0.0, 0.0, 0.0)
+    seen.grad = torch.zeros_like(seen) if grad is None else view(grad.detach().nan_to_num(0.0, 0.0, 0.0))
     return seen
+
+
+def _columns(B: torch.Tensor, groups: int) -> torch.Tensor:
+    return columns(B.flatten(1), groups)
 
 
 def update_and_allocate(model: nn.Module, step: int) -> None:
@@ -208,15 +212,23 @@ def directions(chain: Chain) -> list[torch.Tensor | None]:
     """The numbers of the directions that each layer of the chain needs, those with E = 0 left out.
 
     With shortcut 'middle' a layer hands on its hidden states before E, so that what one layer needs all have to keep.
-    A layer that needs none keeps one whose E is zero: no layer can be made with rank 0 (PEFT's `update_layer`). None
-    for a layer that is not in the model.
+    A layer that needs none keeps one whose E is zero: no layer can be made with rank 0 (PEFT's `update_layer`). In a
+    convolution each group keeps as many as the one that needs most. None for a layer that is not in the model.
     """
     present = [n for n in range(len(chain)) if chain.has(n)]
     needed = {n: _values(chain, n).flatten().cpu() != 0 for n in present}
     if chain.config.shortcut == "middle":
         needed = dict.fromkeys(present, torch.stack(list(needed.values())).any(dim=0))
-    numbers = {n: mask.nonzero().flatten() if mask.any() else torch.tensor([0]) for n, mask in needed.items()}
+    numbers = {n: _evenly(mask, chain.block(n).groups) for n, mask in needed.items()}
     return [numbers.get(n) for n in range(len(chain))]
+
+
+def _evenly(needed: torch.Tensor, groups: int) -> torch.Tensor:
+    """The numbers of the directions that are needed, `(r,)`, and of so many others that all groups have as many."""
+    by_group = needed.view(groups, -1)
+    most = max(1, int(by_group.sum(dim=1).max()))
+    first = by_group.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
+    return (first + torch.arange(groups)[:, None] * by_group.shape[1]).flatten()
 
 
 def factors_of(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
@@ -246,22 +258,26 @@ def without_pruned(
         if numbers is not None
     }
     for name, layer in adapted_layers(model, ResLoRALayer, adapter_name):
+        block = layer.block_of(adapter_name)
         for part, own in layer.stamped_parts(adapter_name).items():
-            if own is None or part not in _BY_DIRECTION:
+            if own is None or part not in (*block.factor_names, *_BY_DIRECTION):
                 continue
             keys = (f"{bare_name(name)}.{part}.{adapter_name}", f"{bare_name(name)}.{part}.{adapter_name}.weight")
             key = next((key for key in keys if key in named), None)
             if key is None and not isinstance(own, nn.Parameter):
                 key, named[keys[0]] = keys[0], own
             if key is not None:
-                named[key] = _select(named[key], part, kept[id(layer)], layer.r[adapter_name])
+                named[key] = _select(named[key].detach(), part, kept[id(layer)], block)
     return named
 
 
-def _select(tensor: torch.Tensor, part: str, kept: torch.Tensor, rank: int) -> torch.Tensor:
-    dim, copies = _BY_DIRECTION[part]
-    numbers = torch.cat([kept + n * rank for n in range(copies)])
-    return tensor.detach().index_select(dim, numbers.to(tensor.device))
+def _select(tensor: torch.Tensor, part: str, kept: torch.Tensor, block: LinearBlock) -> torch.Tensor:
+    """What the directions `kept` have of a part of the block."""
+    kept = kept.to(tensor.device)
+    if part == block.factor_names[1]:
+        return from_columns(columns(tensor, block.groups)[:, kept], block.groups).contiguous()
+    copies = _BY_DIRECTION.get(part, 1)
+    return tensor.unflatten(0, (copies, -1))[:, kept].flatten(0, 1)
 
 
 def watch_training(model: nn.Module) -> None:
@@ -297,6 +313,8 @@ def _after_pass(model: nn.Module, args: Any, output: Any) -> Any:
 def orthogonality(blocks: Sequence[AdaloraBlock]) -> torch.Tensor:
     """The mean of ||A A^T - I||_F and ||B^T B - I||_F over all A and B (Eq. 4 of AdaLoRA, with PEFT's norm and mean).
 
+    Kernels are matrices of what they make of a patch. Directions of two groups have no channel in common.
+
     Raises:
         RuntimeError: if they are sharded.
     """
@@ -308,10 +326,11 @@ def orthogonality(blocks: Sequence[AdaloraBlock]) -> torch.Tensor:
                 f"The factors of layer {block.layer.layer_name!r} are sharded or offloaded, so that AdaLoRA's "
                 "orthogonality term cannot be computed. Train without sharding (DDP), or without total_step."
             )
+        A, B = (factor.flatten(1).unflatten(0, (block.groups, -1)) for factor in (A, B))
         with torch.autocast(A.device.type, enabled=False):
-            for square in (A @ A.t(), B.t() @ B):
-                identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
-                terms.append(torch.linalg.matrix_norm(square - identity).to(blocks[0].weights[0].device))
+            for squares in (A @ A.mT, B.mT @ B):
+                identity = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
+                terms.append(torch.linalg.vector_norm(squares - identity).to(blocks[0].weights[0].device))
     return torch.stack(terms).mean()
 
 
@@ -328,14 +347,9 @@ def trained_adapters(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def _blocks(chains: Sequence[Chain]) -> dict[str, AdaloraBlock]:
+def _blocks(chains: Sequence[Chain]) -> dict[str, Any]:
     """The blocks of the layers that are in the model, by the layer's name."""
-    return {
-        chain.names[n]: AdaloraBlock(chain.layer(n), chain.adapter_name)
-        for chain in chains
-        for n in range(len(chain))
-        if chain.has(n)
-    }
+    return {chain.names[n]: chain.block(n) for chain in chains for n in range(len(chain)) if chain.has(n)}
 
 
 def _allocation(chains: Sequence[Chain]) -> RankAllocation:

@@ -193,6 +193,17 @@ def test_files_without_their_norms_are_refused(tmp_path: Path) -> None:
             export_lora_from_files(tmp_path, allow_dora=True)
 
 
+def test_of_pefts_own_only_linear_layers_are_exported(tmp_path: Path) -> None:
+    for layer in (nn.Embedding(9, 6), nn.Conv2d(4, 6, 3)):
+        config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        model = get_peft_model(nn.Sequential(layer), config)
+        with pytest.raises(ValueError, match=r"layer '0': .*has no DoRA of a linear layer; use merge_and_unload"):
+            export_lora(model, allow_dora=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer '0': its DoRA is of no linear layer.*merge_and_unload"):
+        export_lora_from_files(tmp_path, allow_dora=True)
+
+
 @pytest.mark.quick(with_base=[False])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_the_command_writes_it(with_base: bool, tmp_path: Path, command: Any) -> None:

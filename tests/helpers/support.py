@@ -18,7 +18,7 @@ import pytest
 COLUMNS = ["input", "block", "middle", "MoRA"]
 UNTESTED = "-"
 _SHORTCUTS = ["input", "block", "middle"]
-_BLOCKS = ["LoRA", "DoRA", "AdaLoRA"]
+_BLOCKS = ["LoRA", "DoRA", "AdaLoRA", "nested ranks"]
 
 
 def _column(params: dict[str, Any]) -> str:

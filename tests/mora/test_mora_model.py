@@ -66,7 +66,7 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path, change: Callable[[dic
     ("extra", "name"),
     [
         (nn.Embedding(4, 33), "extra"),
-        (nn.Conv1d(3, 3, 1), "extra"),
+        (nn.Conv1d(4, 4, 1, groups=2), "extra"),
         (nn.MultiheadAttention(8, 2), "extra"),
         (nn.MultiheadAttention(8, 2), "extra.out_proj"),
         (nn.TransformerEncoderLayer(8, 2), "extra.linear1"),

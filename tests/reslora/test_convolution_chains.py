@@ -85,8 +85,6 @@ class Standardized(nn.Conv2d):
     [
         (nn.ConvTranspose2d(4, 4, 3), {}, r"cannot adapt 0 \(ConvTranspose2d\), which is no linear layer"),
         (Standardized(4, 4, 3), {}, r"cannot adapt 0 \(Standardized\), .*another convolution"),
-        (nn.Conv2d(4, 4, 3), {"use_dora": True}, r"cannot adapt 0 \(Conv2d\), .*no blocks of DoRA"),
-        (nn.Conv1d(4, 4, 3), {"total_step": 9}, r"cannot adapt 0 \(Conv1d\), .*no blocks of AdaLoRA"),
         (nn.Conv2d(4, 4, 3, groups=4), {"r": 2}, r"'0': rank 2 cannot be divided among its 4 groups"),
     ],
 )

@@ -176,8 +176,6 @@ class Scaled(nn.Embedding):
     [
         (nn.Embedding(5, 4), {"shortcut": "input"}, r"cannot adapt 0 \(Embedding\).*indices.*shortcut='block'"),
         (nn.Embedding(5, 4), {"shortcut": "middle"}, r"cannot adapt 0 \(Embedding\).*indices.*shortcut='block'"),
-        (nn.Embedding(5, 4), {"use_dora": True}, r"cannot adapt 0 \(Embedding\).*no blocks of DoRA"),
-        (nn.Embedding(5, 4), {"total_step": 9}, r"cannot adapt 0 \(Embedding\).*no blocks of AdaLoRA"),
         (nn.Embedding(5, 4, max_norm=1.0), {}, r"cannot adapt 0 \(Embedding\).*more than its weight's rows"),
         (Scaled(5, 4), {}, r"cannot adapt 0 \(Scaled\).*more than its weight's rows"),
     ],

@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora import ResLoRAConfig
+from peft_reslora.training import set_rank
 
 WIDTH = 64  # 4-bit weights come in groups of so many
 
@@ -77,8 +78,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # how to
 BLOCKS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
-    "AdaLoRA": {"total_step": 9, "init_r": 2, "target_r": 1},
+    "AdaLoRA": {"total_step": 9, "init_r": 4, "target_r": 1},
+    "nested ranks": {"nested_ranks": True},
 }
+IN_USE = 2  # of 4 directions, with nested ranks
 SHORTCUTS = ["input", "block", "middle"]
 QUANTIZED = ["bitsandbytes 8-bit", "bitsandbytes 4-bit"]
 
@@ -93,8 +96,6 @@ def message_of(layer: str, block: str, shortcut: str) -> str | None:
         return r"cannot adapt .*\(Attention, 2 layers\), .*LoraConfig"
     if layer == "nn.Embedding" and shortcut != "block":
         return r"cannot adapt .*\(Embedding, 2 layers\), .*indices.*shortcut='block'"
-    if block != "LoRA" and layer.startswith(("nn.Conv", "nn.Embedding")):
-        return rf"cannot adapt .*, (a convolution|an embedding), which has no blocks of {block}"
     return None
 
 
@@ -127,7 +128,7 @@ def config_of(layer: str, block: str, shortcut: str) -> ResLoRAConfig:
     chosen: dict[str, Any] = {"target_modules": ["0", "1"]}
     if layer == "fused experts (target_parameters)":
         chosen = {"target_modules": [], "target_parameters": ["0.weight", "1.weight"]}
-    rank = {} if block == "AdaLoRA" else {"r": 2}
+    rank = {} if block == "AdaLoRA" else {"r": 4}
     return ResLoRAConfig(shortcut=shortcut, lora_alpha=3, **chosen, **rank, **BLOCKS[block])  # type: ignore[arg-type]
 
 
@@ -147,14 +148,18 @@ def adapted(base: nn.Module, config: ResLoRAConfig) -> PeftModel:
     return model  # in training: in evaluation, bitsandbytes computes in half precision on some processors
 
 
-def product(values: dict[str, torch.Tensor], a: int, b: int) -> torch.Tensor:
-    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell."""
+def product(values: dict[str, torch.Tensor], a: int, b: int, rank: int = 4) -> torch.Tensor:
+    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell, of the first directions."""
     A, B = (values.get(f"{n}.lora_{f}.weight", values.get(f"{n}.lora_{f}")) for n, f in ((a, "A"), (b, "B")))
-    E = values.get(f"{b}.lora_E")
-    B = B if E is None else B * E.T
+    E = values.get(f"{b}.lora_E", torch.ones(len(A), 1).to(A))[:, 0]
     groups = len(A) // B.shape[1]
-    pairs = zip(A.chunk(groups), B.chunk(groups), strict=True)
-    return torch.cat([torch.einsum("or,ri...->oi...", right.flatten(1), left) for left, right in pairs])
+    first = slice(rank // groups)
+    return torch.cat(
+        [
+            torch.einsum("or,r,ri...->oi...", right.flatten(1)[:, first], middle[first], left[first])
+            for left, middle, right in zip(A.chunk(groups), E.chunk(groups), B.chunk(groups), strict=True)
+        ]
+    )
 
 
 def applied(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -169,23 +174,28 @@ def applied(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Te
 
 def oracle(base: Net, values: dict[str, torch.Tensor], x: torch.Tensor, cell: tuple[str, str, str]) -> torch.Tensor:
     _, block, shortcut = cell
-    s = 3 / (2 + 1e-5) if block == "AdaLoRA" else 1.5
+    s = {"AdaLoRA": 3 / (4 + 1e-5), "nested ranks": 3 / IN_USE}.get(block, 3 / 4)
     inputs: list[torch.Tensor] = []
+
+    def update(a: int, b: int) -> torch.Tensor:
+        return s * product(values, a, b, IN_USE if block == "nested ranks" else 4)
 
     def layer(n: int, x: torch.Tensor) -> torch.Tensor:
         own, result = base[n], base[n](x)
         inputs.append(x)
         if block == "DoRA":
-            U = s * sum(product(values, k, k) for k in range(n + 1))
+            U = sum(update(k, k) for k in range(n + 1))
             W = dequantize_module_weight(copy.deepcopy(own)).detach()  # on a CPU, PEFT leaves 8 bits unusable
-            W = W.T if isinstance(own, Conv1D) else W
-            share = values[f"{n}.lora_magnitude"] / (W + U.detach()).norm(dim=1)
-            return share * (result - own.bias + applied(own, U, x)) + own.bias
+            W = W.T if isinstance(own, Conv1D | nn.Embedding) else W
+            channels = (-1, *(1 for _ in W.shape[2:]))
+            share = (values[f"{n}.lora_magnitude"] / (W + U.detach()).flatten(1).norm(dim=1)).view(channels)
+            bias = 0 if isinstance(own, nn.Embedding) else own.bias.view(channels)
+            return share * (result - bias + applied(own, U, x)) + bias
         if shortcut == "input":
-            return result + applied(own, s * product(values, n, n), x + inputs[max(n - 1, 0)])
+            return result + applied(own, update(n, n), x + inputs[max(n - 1, 0)])
         if shortcut == "middle":
-            return result + s * sum(applied(own, product(values, k, n), inputs[k]) for k in range(n + 1))
-        return result + applied(own, s * sum(product(values, k, k) for k in range(n + 1)), x)
+            return result + sum(applied(own, update(k, n), inputs[k]) for k in range(n + 1))
+        return result + applied(own, sum(update(k, k) for k in range(n + 1)), x)
 
     first = layer(0, x)
     return torch.tanh(first) + layer(1, torch.tanh(first) if x.is_floating_point() else x)
@@ -206,6 +216,8 @@ def test_output_gradients_and_exact_merges(cell):
     layer, _, shortcut = cell
     base, x = prepared(layer)
     model = adapted(copy.deepcopy(base), config_of(*cell))
+    if cell[1] == "nested ranks":
+        set_rank(model, IN_USE)
     values = {name: p.detach().clone().requires_grad_() for name, p in trained(model).items()}
     expected, actual = oracle(base, values, x, cell), model(x)
     tolerance = rounding(20 * WIDTH) if layer in QUANTIZED else FLOAT64

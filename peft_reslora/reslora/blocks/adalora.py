@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft_reslora.reslora.blocks.linear import FACTOR_NAMES, Factors, LinearBlock, readable
+from peft_reslora.reslora.blocks.convolution import weigh_columns
+from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, readable
 from peft_reslora.shared.offloading import held_tensor
 
 SINGULAR_VALUES = "lora_E"  # PEFT's name
@@ -30,7 +31,7 @@ _ADVICE = "Train AdaLoRA without sharding (DDP), or without total_step."
 class AdaloraBlock(LinearBlock):
     """A LoRA block with a factor for each of its directions, by which directions can be pruned."""
 
-    names: ClassVar[tuple[str, ...]] = (*FACTOR_NAMES, SINGULAR_VALUES)
+    own_names: ClassVar[tuple[str, ...]] = (SINGULAR_VALUES,)
     __slots__ = ()
 
     @property
@@ -40,6 +41,7 @@ class AdaloraBlock(LinearBlock):
 
     def start(self) -> None:
         """E is zero, and A and B normal; with init_lora_weights=False all three are standard normal, as in PEFT."""
+        super().start()
         A, B = self.weights
         E = nn.Parameter(A.new_zeros(A.shape[0], 1), requires_grad=A.requires_grad)
         getattr(self.layer, SINGULAR_VALUES)[self.adapter_name] = E
@@ -52,30 +54,30 @@ class AdaloraBlock(LinearBlock):
 
     def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
         """A and B E."""
-        return A, B * self._readable_values(B).t()
+        A, B = super().fold(A, B)
+        return A, weigh_columns(B, self._readable_values(B), self.groups)
 
     def weigh(self, hidden: torch.Tensor) -> torch.Tensor:
         """E `hidden`."""
-        return hidden * self._readable_values(hidden).flatten()
+        return hidden * self.by_channel(self._readable_values(hidden))
 
     def resize(self, rank: int) -> Callable[[], None]:
         """Make room for another number of directions, without numbers; returns what undoes it."""
         A, B = self.weights
-        before = (A, B, self.singular_values)
-        shapes = ((rank, A.shape[1]), (B.shape[0], rank), (rank, 1))
+        before: tuple[Any, ...] = (A, B, self.singular_values)
+        shapes = ((rank, *A.shape[1:]), (B.shape[0], rank // self.groups, *B.shape[2:]), (rank, 1))
         self._take(
             *(nn.Parameter(old.new_empty(shape), old.requires_grad) for old, shape in zip(before, shapes, strict=True))
         )
         return lambda: self._take(*before)
 
-    def _take(self, *parameters: Any) -> None:
-        lora_a, lora_b = self.modules
-        lora_a.weight, lora_b.weight, E = parameters
+    def _take(self, A: nn.Parameter, B: nn.Parameter, E: nn.Parameter) -> None:
+        self.hold(A, B)
         getattr(self.layer, SINGULAR_VALUES)[self.adapter_name] = E
         self.layer.r[self.adapter_name] = len(E)
         self.set_rank(len(E))
 
     def _readable_values(self, like: torch.Tensor) -> torch.Tensor:
-        """E, on the device and in the dtype of `like`."""
+        """The diagonal of E, `(r,)`, on the device and in the dtype of `like`."""
         E = held_tensor(getattr(self.layer, SINGULAR_VALUES), self.adapter_name)
-        return readable(E, self.layer.layer_name, _ADVICE).to(like)
+        return readable(E, self.layer.layer_name, _ADVICE).to(like).flatten()

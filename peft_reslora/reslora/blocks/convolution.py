@@ -77,6 +77,7 @@ class ConvolutionBlock(LinearBlock):
         self.layer.lora_A[self.adapter_name] = own
 
     def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        A, B = super().fold(A, B)
         return A.flatten(1), B.flatten(1)
 
     def factors(self, name: str, advice: str) -> Factors:
@@ -87,8 +88,26 @@ class ConvolutionBlock(LinearBlock):
         A.out_channels = B.in_channels = rank
 
     def apply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        A, _ = self._convolutions
-        return _convolve(A, x, gather(matrix, self.groups).to(x.dtype))
+        return self.through_a(x, gather(matrix, self.groups).to(x.dtype))
+
+    def through_a(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return _convolve(self._convolutions[0], x, matrix)
+
+    def through_b(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return _convolve(self._convolutions[1], hidden, matrix)
+
+    def by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
+        """`(n, 1, ...)`: channels come before positions."""
+        return numbers.view(-1, *(1 for _ in self._convolutions[0].kernel_size))
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A kernel `(out, in / groups, *size)` as `(out, in / groups * positions)`."""
+        return weight.flatten(1)
+
+    def side_by_side(self, terms: Sequence[Term]) -> Factors:
+        """Group by group: the directions of a group stay together."""
+        A = torch.cat([A.unflatten(0, (self.groups, -1)) for A, _, _ in terms], dim=1).flatten(0, 1)
+        return A, torch.cat([B * s for _, B, s in terms], dim=1)
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
         A, _ = self._convolutions
@@ -97,11 +116,9 @@ class ConvolutionBlock(LinearBlock):
         return _convolve(A, x, identity).movedim(-len(A.kernel_size) - 1, -1)
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
-        """Eq. 3, in one convolution by A's side by side and a pointwise one by B's; groups stay together."""
-        conv_a, conv_b = self._convolutions
-        A = torch.cat([A.unflatten(0, (self.groups, -1)) for A, _, _ in terms], dim=1).flatten(0, 1)
-        B = torch.cat([B * s for _, B, s in terms], dim=1)
-        return result + _convolve(conv_b, _convolve(conv_a, self.dropout(x), A), B)
+        """Eq. 3, in one convolution by A's side by side and a pointwise one by B's."""
+        A, B = self.side_by_side(terms)
+        return result + self.through_b(self.through_a(self.dropout(x), A), B)
 
     def merged(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, in_place: bool) -> torch.Tensor:
         weight = weight if in_place else weight.clone()
@@ -122,6 +139,21 @@ def gather(matrix: torch.Tensor, groups: int) -> torch.Tensor:
     rows, columns = matrix.shape
     blocks = matrix.view(groups, rows // groups, groups, columns // groups)
     return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(rows, columns // groups)
+
+
+def columns(B: torch.Tensor, groups: int) -> torch.Tensor:
+    """B as held, with a column for each direction, of the rows of its group: `(out / groups, r, ...)`."""
+    return B.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def from_columns(columns: torch.Tensor, groups: int) -> torch.Tensor:
+    """B as held, `(out, r / groups, ...)`, of what `columns` gives."""
+    return columns.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def weigh_columns(B: torch.Tensor, weights: torch.Tensor, groups: int) -> torch.Tensor:
+    """The matrix B as held, times a number for each direction, `(r,)`."""
+    return B * weights if groups == 1 else from_columns(columns(B, groups) * weights, groups)
 
 
 def are_kernels(A: torch.Tensor, B: torch.Tensor) -> bool:

@@ -11,15 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, Term, add_update, readable
+from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, Term, add_update
 from peft_reslora.shared.offloading import held_tensor
 
 
 class EmbeddingBlock(LinearBlock):
     """One adapter's block on PEFT's LoRA layer over `nn.Embedding`, whose factors are parameters without modules."""
 
-    names: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+    factor_names: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
     is_linear: ClassVar[bool] = False
     __slots__ = ()
 
@@ -31,8 +32,12 @@ class EmbeddingBlock(LinearBlock):
         return True
 
     @property
+    def dropout(self) -> nn.Module:
+        return nn.Identity()
+
+    @property
     def weights(self) -> Factors:
-        A, B = (getattr(self.layer, name)[self.adapter_name] for name in self.names)
+        A, B = (getattr(self.layer, name)[self.adapter_name] for name in self.factor_names)
         return A, B
 
     @property
@@ -40,19 +45,21 @@ class EmbeddingBlock(LinearBlock):
         (r, entries), (dimensions, _) = (weight.shape for weight in self.weights)
         return (r, entries), (dimensions, r)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.names, self.weights, strict=True))
+    def hold(self, A: nn.Parameter, B: nn.Parameter) -> None:
+        for name, parameter in zip(self.factor_names, (A, B), strict=True):
+            getattr(self.layer, name)[self.adapter_name] = parameter
 
-    def factors(self, name: str, advice: str) -> Factors:
-        held = (held_tensor(getattr(self.layer, factor), self.adapter_name) for factor in self.names)
-        A, B = (readable(weight, name, advice).detach() for weight in held)
-        return A, B
+    def held(self) -> tuple[torch.Tensor, ...]:
+        return tuple(held_tensor(getattr(self.layer, name), self.adapter_name) for name in self.factor_names)
 
     def set_rank(self, rank: int) -> None:
         """There are no modules to say it."""
 
+    def through_a(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """The columns of the indices; what pads is no more trained than in the base."""
+        return F.embedding(x, matrix.t(), self.layer.get_base_layer().padding_idx)
+
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
-        """`result` plus the sum of the s_k B_k A_k[:, x]; what pads is no more trained than in the base."""
-        padding = self.layer.get_base_layer().padding_idx
-        hidden = F.embedding(x, torch.cat([A for A, _, _ in terms]).t(), padding)
-        return add_update(result, hidden, torch.cat([B * s for _, B, s in terms], dim=1), 1.0)
+        """`result` plus the sum of the s_k B_k A_k[:, x]."""
+        A, B = self.side_by_side(terms)
+        return add_update(result, self.through_a(x, A), B, 1.0)

@@ -32,7 +32,9 @@ class LinearBlock:
     them, wherever engines keep the numbers.
     """
 
-    names: ClassVar[tuple[str, ...]] = FACTOR_NAMES  # of the layer's attributes that hold what is trained
+    # Of the layer's attributes that hold A and B, which the form of the layer decides, and what the kind adds to them.
+    factor_names: ClassVar[tuple[str, str]] = FACTOR_NAMES
+    own_names: ClassVar[tuple[str, ...]] = ()
     adds_up: ClassVar[bool] = True  # whether the updates of several layers can be added one by one
     is_linear: ClassVar[bool] = True  # whether A and B are multiplied by features, the last dimension of x
     __slots__ = ("adapter_name", "layer", "modules")
@@ -41,6 +43,16 @@ class LinearBlock:
         self.layer = layer
         self.adapter_name = adapter_name
         self.modules: tuple[Any, ...] = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layer's attributes that hold what is trained."""
+        return (*self.factor_names, *self.own_names)
+
+    @property
+    def groups(self) -> int:
+        """How many groups share the directions evenly, one after the other: one, but in convolutions."""
+        return 1
 
     @property
     def transposed(self) -> bool:
@@ -73,6 +85,11 @@ class LinearBlock:
         """That of the matrix C_n, which is as A is in a merge."""
         return self.shapes[0]
 
+    def hold(self, A: nn.Parameter, B: nn.Parameter) -> None:
+        """Put other parameters in the place of A and B."""
+        lora_a, lora_b = self.modules
+        lora_a.weight, lora_b.weight = A, B
+
     def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
         """The two factors of the update, matrices, of A and B as the modules hold them: these."""
         return A, B
@@ -90,7 +107,11 @@ class LinearBlock:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the block keeps in a checkpoint, by the names of the layer's attributes."""
-        return dict(zip(FACTOR_NAMES, self.weights, strict=True))
+        return dict(zip(self.factor_names, self.weights, strict=True))
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """A and B, read also from where accelerate keeps what it has offloaded."""
+        return tuple(held_tensor(module, "weight") for module in self.modules)
 
     def factors(self, name: str, advice: str) -> Factors:
         """The two factors of the update detached, read also from where accelerate keeps what it has offloaded.
@@ -102,7 +123,7 @@ class LinearBlock:
         Raises:
             RuntimeError: if they are sharded, or offloaded otherwise.
         """
-        A, B = (readable(held_tensor(module, "weight"), name, advice) for module in self.modules)
+        A, B = (readable(weight, name, advice) for weight in self.held())
         A, B = self.fold(A, B)
         return A.detach(), B.detach()
 
@@ -134,8 +155,28 @@ class LinearBlock:
         return A(dropped)
 
     def apply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """What `matrix` makes of x in A's place, `(..., r)`."""
-        return F.linear(x, matrix.to(x.dtype))
+        """What `matrix`, as A is in a merge, makes of x in A's place, `(..., r)`."""
+        return self.through_a(x, matrix.to(x.dtype))
+
+    def through_a(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """What `matrix`, as `fold` gives A, makes of x in A's place, `(..., r)`."""
+        return F.linear(x, matrix)
+
+    def through_b(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """What `matrix`, as `fold` gives B, makes of a hidden state in B's place, `(..., out_features)`."""
+        return F.linear(hidden, matrix)
+
+    def by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
+        """One number for each direction or each output, so that it multiplies a hidden state or an output."""
+        return numbers
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the base layer's shape as the matrix that B A is added to, both as `fold` gives them."""
+        return self.layer.as_matrix(weight)
+
+    def side_by_side(self, terms: Sequence[Term]) -> Factors:
+        """The A_k below each other, and the s_k B_k side by side, whose product is the sum of theirs."""
+        return torch.cat([A for A, _, _ in terms]), torch.cat([B * s for _, B, s in terms], dim=1)
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
         """x as rows `(..., columns of A)` for which A x is a product of matrices: itself."""

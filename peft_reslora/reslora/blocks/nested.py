@@ -18,15 +18,18 @@ an adapter of rank b in all layers:
 
 All layers have the same b: 'middle' adds hidden states direction by direction, so that a layer with more directions in
 use than the one before would be given those that are never trained together, and 'block' adds whole updates, which are
-to be those of one adapter. A layer of a lower rank (rank_pattern) has all its directions from that rank on.
+to be those of one adapter. A layer of a lower rank (rank_pattern) has all its directions from that rank on. In a
+convolution each group has as many directions as any other (`first_numbers`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from peft_reslora.reslora.blocks.convolution import weigh_columns
 from peft_reslora.reslora.blocks.linear import Factors, LinearBlock
 
 
@@ -45,6 +48,14 @@ class Directions:
     in_training_only: bool
 
 
+def first_numbers(rank: int, r: int, groups: int = 1) -> torch.Tensor:
+    """The numbers of the directions, of r, that are in use at rank b: the first ones of each group.
+
+    Where the groups of a convolution cannot share b, it has the next rank that they can.
+    """
+    return torch.arange(r).view(groups, -1)[:, : math.ceil(rank / groups)].flatten()
+
+
 class NestedBlock(LinearBlock):
     """A LoRA block of which a forward pass may use the first directions only; merges and checkpoints have all."""
 
@@ -52,12 +63,13 @@ class NestedBlock(LinearBlock):
 
     def in_use(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
         """A and B with a weight for each column."""
+        A, B = super().in_use(A, B)
         weights = self._weights(B)
-        return (A, B) if weights is None else (A, B * weights)
+        return (A, B) if weights is None else (A, weigh_columns(B, weights, self.groups))
 
     def weigh(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self._weights(hidden)
-        return hidden if weights is None else hidden * weights
+        return hidden if weights is None else hidden * self.by_channel(weights)
 
     def _weights(self, like: torch.Tensor) -> torch.Tensor | None:
         """Those of the directions, on the device and in the dtype of `like`; None where all are in use.

@@ -21,6 +21,7 @@ from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES
 from peft_reslora.reslora.blocks.convolution import are_kernels, factors_of_kernels
 from peft_reslora.reslora.blocks.embedding import EmbeddingBlock
 from peft_reslora.reslora.blocks.linear import FACTOR_KEYS
+from peft_reslora.reslora.blocks.nested import first_numbers
 from peft_reslora.reslora.chain_table import (
     EMBEDDING,
     ChainTable,
@@ -63,6 +64,7 @@ class Block:
         annealed: the share t with which C_n has taken the shortcut's place in the forward pass.
         size: of the kernel, if the layer is a convolution.
         kind: that of the layer's `Target`.
+        groups: of the convolution, which share the directions evenly.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Block:
     annealed: float = 0.0
     size: tuple[int, ...] = ()
     kind: str = ""
+    groups: int = 1
 
     def factors(self, like: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A and s B in float32 (or as wide as they are), on the device of `like`."""
@@ -86,15 +89,16 @@ class Block:
 def first_directions(block: Block, rank: int, config: ResLoRAConfig) -> Block:
     """The block of rank `rank` in one of nested ranks (`blocks/nested.py`); itself, if it has no more directions."""
     r = block.A.shape[0]
-    if rank >= r:
+    first = first_numbers(rank, r, block.groups)
+    if len(first) == r:
         return block
     return dataclasses.replace(
         block,
-        A=block.A[:rank],
-        B=block.B[:, :rank],
-        scaling=block.scaling * scaling_of(config, rank, 1.0) / scaling_of(config, r, 1.0),
-        shortcut=None if block.shortcut is None else block.shortcut[:rank],
-        sketch=None if block.sketch is None else torch.cat([part[:rank] for part in block.sketch.chunk(2)]),
+        A=block.A[first],
+        B=block.B[:, first],
+        scaling=block.scaling * scaling_of(config, len(first), 1.0) / scaling_of(config, r, 1.0),
+        shortcut=None if block.shortcut is None else block.shortcut[first],
+        sketch=None if block.sketch is None else block.sketch.unflatten(0, (2, r))[:, first].flatten(),
     )
 
 
@@ -310,16 +314,17 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        for part in (*FACTOR_KEYS, *EmbeddingBlock.names, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
+        for part in (*FACTOR_KEYS, *EmbeddingBlock.factor_names, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
             if key.endswith(f".{part}"):
                 parts.setdefault(key.removesuffix(f".{part}").removeprefix(PREFIX), {})[part] = tensor
     refuse_slow_patterns(config, parts)
     blocks = {}
     for name, found in parts.items():
-        is_embedding = EmbeddingBlock.names[0] in found
-        A, B = (found.get(key) for key in (EmbeddingBlock.names if is_embedding else FACTOR_KEYS))
-        size = () if A is None else tuple(A.shape[2:])
+        is_embedding = EmbeddingBlock.factor_names[0] in found
+        A, B = (found.get(key) for key in (EmbeddingBlock.factor_names if is_embedding else FACTOR_KEYS))
+        size, groups = () if A is None else tuple(A.shape[2:]), 1
         if A is not None and B is not None and are_kernels(A, B):
+            groups = A.shape[0] // B.shape[1]
             A, B = factors_of_kernels(A, B)
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
@@ -333,7 +338,7 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
         t = 0.0 if annealed is None else float(annealed)
         kind = EMBEDDING if is_embedding else kernel_kind(size)
-        blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t, size, kind)
+        blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t, size, kind, groups)
     return blocks
 
 

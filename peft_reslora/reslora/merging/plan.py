@@ -54,9 +54,10 @@ class ChainMerge:
         Raises:
             ValueError: as `shortcut_coefficients`.
         """
-        if all(block.A.shape[0] <= rank for block in self.blocks):
+        parts = [first_directions(block, rank, self.config) for block in self.blocks]
+        if all(part is block for part, block in zip(parts, self.blocks, strict=True)):
             return self
-        return ChainMerge.of([first_directions(block, rank, self.config) for block in self.blocks], self.config)
+        return ChainMerge.of(parts, self.config)
 
     def factors(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A (R, in_features), B (out_features, R))` of one layer, scaling included."""
