@@ -85,8 +85,9 @@ QUANTIZED = ["bitsandbytes 8-bit", "bitsandbytes 4-bit"]
 
 def message_of(layer: str, block: str, shortcut: str) -> str | None:
     """What a refusal says; None where all is right."""
-    if layer == "fused experts (target_parameters)":
-        return r"target_parameters=\['0.weight', '1.weight'\].*LoraConfig"
+    if layer == "fused experts (target_parameters)" and (block, shortcut) != ("LoRA", "block"):
+        field = {"LoRA": f"shortcut='{shortcut}', .*choose shortcut='block'", "DoRA": "use_dora=True"}
+        return rf"target_parameters=\['0.weight', '1.weight'\] with {field.get(block, 'total_step')}"
     if block == "DoRA" and shortcut != "block":
         return r"use_dora=True with shortcut=.*choose shortcut='block'"
     if layer == "nn.MultiheadAttention":
@@ -147,9 +148,11 @@ def adapted(base: nn.Module, config: ResLoRAConfig) -> PeftModel:
     return model  # in training: in evaluation, bitsandbytes computes in half precision on some processors
 
 
-def product(values: dict[str, torch.Tensor], a: int, b: int) -> torch.Tensor:
-    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell."""
+def product(values: dict[str, torch.Tensor], a: int, b: int, experts: int = 1) -> torch.Tensor:
+    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell, or of each expert."""
     A, B = (values.get(f"{n}.lora_{f}.weight", values.get(f"{n}.lora_{f}")) for n, f in ((a, "A"), (b, "B")))
+    if experts > 1:  # A's rows are expert by expert, B's columns direction by direction
+        return torch.stack([B[:, e::experts] @ rows for e, rows in enumerate(A.chunk(experts))])
     E = values.get(f"{b}.lora_E")
     B = B if E is None else B * E.T
     groups = len(A) // B.shape[1]
@@ -158,7 +161,9 @@ def product(values: dict[str, torch.Tensor], a: int, b: int) -> torch.Tensor:
 
 
 def applied(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What a layer without bias makes of x by this weight `(out, in, ...)`."""
+    """What a layer without bias makes of x by this weight `(out, in, ...)`, or `(experts, out, in)`."""
+    if isinstance(layer, Experts):
+        return torch.einsum("bi,eio->bo", x, weight)
     if isinstance(layer, nn.Embedding):
         return F.one_hot(x, layer.num_embeddings).to(weight) @ weight.T
     if weight.ndim == 2:
@@ -185,7 +190,8 @@ def oracle(base: Net, values: dict[str, torch.Tensor], x: torch.Tensor, cell: tu
             return result + applied(own, s * product(values, n, n), x + inputs[max(n - 1, 0)])
         if shortcut == "middle":
             return result + s * sum(applied(own, product(values, k, n), inputs[k]) for k in range(n + 1))
-        return result + applied(own, s * sum(product(values, k, k) for k in range(n + 1)), x)
+        experts = len(own.weight) if isinstance(own, Experts) else 1
+        return result + applied(own, s * sum(product(values, k, k, experts) for k in range(n + 1)), x)
 
     first = layer(0, x)
     return torch.tanh(first) + layer(1, torch.tanh(first) if x.is_floating_point() else x)
