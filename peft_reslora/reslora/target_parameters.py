@@ -34,7 +34,9 @@ def parameter_targets(model: nn.Module, config: ResLoRAConfig) -> list[Target]:
             if not _is_named(path, config.target_parameters or ()):
                 continue
             rank = by_pattern(config.rank_pattern, path, config.r)
-            if fault := _fault(name, parameter_name, parameter, modules, rank, bool(inside) and name.startswith(inside)):
+            if fault := _fault(
+                name, parameter_name, parameter, modules, rank, bool(inside) and name.startswith(inside)
+            ):
                 raise ValueError(
                     f"ResLoRA cannot adapt parameter {path!r} of {type(module).__name__}, {fault}. Name other "
                     f"parameters in target_parameters={shown(config.target_parameters)}, or name them in full."
@@ -102,6 +104,8 @@ def _fault(
     if not parameter.is_floating_point():
         return f"which is {parameter.dtype} and no plain numbers: load the base model unquantized"
     if parameter_name == "weight" and (reader := reader_of(name, modules)) is not None:
-        return f"which is read by {type(reader).__name__} past the forward of its module, so that an adapter is ignored"
+        return (
+            f"which is read by {type(reader).__name__} past the forward of its module, so that an adapter is ignored"
+        )
     _, in_features, out_features = parameter_shape(module, parameter)
     return oversized(rank, in_features, out_features)

@@ -228,7 +228,10 @@ def vars_of(model: PeftModel) -> dict[str, Any]:
 
 
 def scaled(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: value.detach() * 1.5 if "lora_B" in name else value.detach() for name, value in values_of(model, "other").items()}
+    return {
+        name: value.detach() * 1.5 if "lora_B" in name else value.detach()
+        for name, value in values_of(model, "other").items()
+    }
 
 
 def test_a_base_in_half_precision_has_the_sum_rounded_once():
@@ -399,7 +402,10 @@ def test_the_default_experts_of_transformers_compute_the_same():
 
 def test_all_experts_that_are_asked_for_leave_nothing_to_say(recwarn):
     base = mixture("qwen3_moe")
-    get_peft_model(base, ResLoRAConfig(target_modules="all-linear", target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    get_peft_model(
+        base,
+        ResLoRAConfig(target_modules="all-linear", target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    )
     assert not [w for w in recwarn if "Left out" in str(w.message)]
 
 

@@ -43,7 +43,7 @@ class ExpertsBlock(LinearBlock):
         return (r, self.experts, A.in_features), (B.out_features, r, self.experts)
 
     def fold(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
-        return A.unflatten(0, (self.experts, -1)).transpose(0, 1), B.unflatten(1, (-1, self.experts))
+        return folded(A, B, self.experts)
 
     def side_by_side(self, terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Eq. 3 for each expert: L, R and s with s L R the sum of the s_k B_k^e A_k^e, as the parameter holds it.
@@ -72,3 +72,13 @@ class ExpertsBlock(LinearBlock):
         for own, a, b in zip(experts, A.unbind(1), B.unbind(2), strict=True):
             super().merged(own, a, b, in_place=True)
         return weight
+
+
+def folded(A: torch.Tensor, B: torch.Tensor, experts: int) -> Factors:
+    """The factors, of those as held."""
+    return A.unflatten(0, (experts, -1)).transpose(0, 1), B.unflatten(1, (-1, experts))
+
+
+def as_held(A: torch.Tensor, B: torch.Tensor) -> Factors:
+    """The factors as PEFT holds them, of those that are folded."""
+    return A.transpose(0, 1).flatten(0, 1), B.flatten(1)
