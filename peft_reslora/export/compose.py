@@ -319,8 +319,8 @@ def _refuse_unlike(exports: Sequence[LoraExport]) -> None:
     tensors = {key: tensor for export in exports for key, tensor in export.state_dict.items()}
     if any(export.config.target_parameters for export in exports):
         raise ValueError(
-            "An export adapts parameters (target_parameters), and only adapters of linear layers are summed. Merge the "
-            "adapters one after the other with merge_and_unload()."
+            "An export adapts parameters (target_parameters), and only adapters of linear layers are summed. Merge "
+            "the adapters one after the other with merge_and_unload()."
         )
     if other := [key for key, tensor in tensors.items() if tensor.ndim != 2 or "lora_embedding_" in key]:
         raise ValueError(

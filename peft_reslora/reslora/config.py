@@ -264,8 +264,8 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             return []
         given = f"target_parameters={fields.shown(self.target_parameters)} with "
         rules = {
-            f"shortcut={fields.shown(self.shortcut)}, which adds up what consecutive layers compute for the same token, "
-            "but to the experts of each layer other tokens are routed; choose shortcut='block'": (
+            f"shortcut={fields.shown(self.shortcut)}, which adds up what consecutive layers compute for the same "
+            "token, but to the experts of each layer other tokens are routed; choose shortcut='block'": (
                 self.shortcut in ("input", "middle")
             ),
             "use_dora=True, whose norms PEFT has of no parameter; leave it out": self.use_dora,
@@ -276,8 +276,8 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             f"lora_dropout={fields.shown(self.lora_dropout)}, but the update is added to the parameter and no input "
             "of A is there to be dropped; set lora_dropout=0": bool(self.lora_dropout),
             "fan_in_fan_out=True, but each parameter says itself how it is turned; leave it out": self.fan_in_fan_out,
-            f"layers_to_transform={fields.shown(self.layers_to_transform)}, which PEFT reads for modules only; name the "
-            "parameters of these layers in full, as in 'layers.0.mlp.experts.down_proj'": (
+            f"layers_to_transform={fields.shown(self.layers_to_transform)}, which PEFT reads for modules only; name "
+            "the parameters of these layers in full, as in 'layers.0.mlp.experts.down_proj'": (
                 self.layers_to_transform is not None
             ),
             "init_lora_weights='orthogonal', which is made of one weight; choose True or 'gaussian'": (

@@ -19,7 +19,7 @@ from torch import nn
 from peft_reslora.reslora.blocks.experts import ExpertsBlock
 from peft_reslora.reslora.factor_sharing import terms, way_to_factors
 from peft_reslora.reslora.layer import ResLoRALayer, become
-from peft_reslora.shared.host import is_transposed_parameter, own_parameter
+from peft_reslora.shared.host import is_tensor_parallel, is_transposed_parameter, own_parameter
 from peft_reslora.shared.names import parameter_path
 from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
@@ -64,13 +64,14 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
         Raises:
             RuntimeError: if it is only then made whole, or computed from others.
         """
-        weight = own_parameter(self.get_base_layer(), self.parameter_name)
-        if weight is None or not is_readable(weight):
+        base_layer = self.get_base_layer()
+        weight = own_parameter(base_layer, self.parameter_name)
+        if weight is None or not is_readable(weight) or is_tensor_parallel(base_layer):
             why = "computed from other tensors" if weight is None else NOT_HERE
             raise RuntimeError(
-                f"The parameter of layer {self.layer_name!r}, to which adapters are added before its module is called, "
-                f"is {why}. Keep it whole on a device (no ZeRO-3, no offloading, no parametrization; FSDP2 on whole "
-                "blocks), or leave it out of target_parameters."
+                f"The parameter of layer {self.layer_name!r}, to which adapters are added before its module is "
+                f"called, is {why}. Keep it whole on a device (no offloading, no tensor parallelism, no "
+                "parametrization; FSDP2 on whole blocks), or leave it out of target_parameters."
             )
         return weight
 

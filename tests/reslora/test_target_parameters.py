@@ -172,7 +172,7 @@ def test_stamps_tell_the_parameters_of_one_module_apart(tmp_path):
         PeftModel.from_pretrained(turned, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v * 1.01 if k.endswith("1.lora_A.weight") else v for k, v in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="damaged|lora_A is not what was saved"):
+    with pytest.raises(ValueError, match=r"damaged|lora_A is not what was saved"):
         PeftModel.from_pretrained(nn.Sequential(*(Two() for _ in range(2))), tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_what_needs_one_product_is_refused():
         LayerGates(model)
     with pytest.raises(ValueError, match="each expert"):
         factor_pairs(model)
-    with pytest.raises(ValueError, match="does not support targeting nn.Parameter"):
+    with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
         model.add_weighted_adapter(["default"], [0.5], "half", combination_type="linear")
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model.eval()(input_ids=tokens(), adapter_names=["default"] * 3)

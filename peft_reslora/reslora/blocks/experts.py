@@ -1,7 +1,7 @@
 """The block of a parameter that holds the weights of several experts: s B^e A^e for each expert e.
 
-As PEFT (0.21.2) has it for `target_parameters`: the factors of all experts stand in two matrices. Their layout is known
-here alone. Two forms are in use:
+As PEFT (0.21.2) has it for `target_parameters`: the factors of all experts stand in two matrices. Their layout is
+known here alone. Two forms are in use:
 
     as held   A `(experts * r, in)`, expert by expert    B `(out, r * experts)`, direction by direction
     folded    A `(r, experts, in)`                       B `(out, r, experts)`

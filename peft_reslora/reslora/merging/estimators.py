@@ -311,8 +311,9 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """
     if config.target_parameters:
         raise ValueError(
-            f"The adapter has target_parameters={shown(config.target_parameters)}, and only the base model tells whose "
-            "are the factors in its file. Load it onto the base model: describe_chains(model), export_lora(model)."
+            f"The adapter has target_parameters={shown(config.target_parameters)}, and only the base model tells "
+            "whose are the factors in its file. Load it onto the base model: describe_chains(model), "
+            "export_lora(model)."
         )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
