@@ -9,6 +9,7 @@ the update is that of shortcut 'block' (ResLoRA, arXiv 2402.18039, Eq. 3):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from peft_reslora.reslora.factor_sharing import terms, way_to_factors
 from peft_reslora.reslora.layer import ResLoRALayer, become
 from peft_reslora.shared.host import is_tensor_parallel, is_transposed_parameter, own_parameter
 from peft_reslora.shared.names import parameter_path
+from peft_reslora.shared.offloading import offload_hook
 from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
 
@@ -35,7 +37,8 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
 
     def computation(self, adapter_name: str) -> str:
         """Also which parameter: of several, a file tells only how their layers stand inside each other."""
-        return f"{super().computation(adapter_name)}, {self.parameter_name} of {self.num_experts} experts"
+        turned = ", transposed" if is_transposed_parameter(self) else ""
+        return f"{super().computation(adapter_name)}, {self.parameter_name} of {self.num_experts} experts{turned}"
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """L, R and s of the whole sum, s L R, in the parameter's dtype; in a forward pass, with gradients."""
@@ -74,6 +77,16 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
                 "parametrization; FSDP2 on whole blocks), or leave it out of target_parameters."
             )
         return weight
+
+    def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """As of other layers; an offloaded parameter is refused, since PEFT (0.21.2), which loads it before a merge,
+        forgets what is merged where several layers stand around one module."""
+        if adapter_names and offload_hook(self.get_base_layer()) is not None:
+            raise ValueError(
+                f"No adapter can be merged into layer {self.layer_name!r}, a parameter that is offloaded. Load the "
+                "base model whole on a device, such as the CPU, and merge there."
+            )
+        super().check_mergeable(adapter_names, safe_merge)
 
     def _merge_into_base(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         # PEFT's own (0.21.2) writes into memory that others may share.

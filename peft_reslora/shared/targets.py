@@ -228,14 +228,14 @@ def _mention_experts(model: nn.Module, config: Config, resolved: Any, named: boo
         f"fused into parameters, and {_tuner(config)} adapts layers"
     )
     own = hasattr(config, "target_parameters")
-    reaches = f"{_tuner(config) if own else 'Lora'}Config{', with shortcut=' + repr('block') if own else ''}"
+    reaches = f"{_tuner(config)}Config (shortcut='block')" if own else "LoraConfig"
     if named and not config.inference_mode:
         raise ValueError(
             f"target_modules={config.target_modules} asks for {fused}. Name the attention's layers only, leave the "
-            rf"experts out with exclude_modules=r'.*\.{asked[0].rpartition('.')[2]}\..*', or use target_parameters of "
-            f"{reaches}, which reaches them."
+            rf"experts out with exclude_modules=r'.*\.{asked[0].rpartition('.')[2]}\..*', or use the "
+            f"target_parameters of {reaches}, which reach them."
         )
-    warnings.warn(f"Left out are {fused}. target_parameters of {reaches} reaches them.", stacklevel=4)
+    warnings.warn(f"Left out are {fused}. The target_parameters of {reaches} reach them.", stacklevel=4)
 
 
 def _tuner(config: Config) -> str:

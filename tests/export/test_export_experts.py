@@ -30,6 +30,8 @@ def quiet():
         yield
 
 
+@pytest.mark.quick(name=["gpt_oss"], pre_num=[1])
+@pytest.mark.quick(name=["qwen3_moe"], pre_num=[-1])
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("pre_num", [1, -1])
 def test_plain_peft_reads_the_same_function(name, pre_num, tmp_path):

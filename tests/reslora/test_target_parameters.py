@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from helpers.experts import (
     MIXTURES,
     adapted_mixture,
@@ -22,8 +23,9 @@ from helpers.experts import (
 from helpers.gradients import assert_gradients_close
 from helpers.oracle import relative_error
 from helpers.refusals import refuse
-from helpers.tolerances import FLOAT64, MODEL64, half_rounding
+from helpers.tolerances import FLOAT64, MODEL64, half_rounding, rounding
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -80,6 +82,7 @@ def test_patterns_name_parameters_of_one_layer(field):
         assert relative_error(logits(alike), expected) < MODEL64
 
 
+@pytest.mark.quick(name=["gpt_oss"])
 @EVERY_MIXTURE
 def test_chains_tell_the_parameters_of_one_module_apart(name):
     base = mixture(name)
@@ -100,6 +103,7 @@ def test_a_chain_ends_where_a_parameter_between_is_not_targeted():
     assert config.chain_cuts == ["model.layers.3"]
 
 
+@pytest.mark.quick(name=["gpt_oss"])
 @EVERY_MIXTURE
 def test_merges_are_exact_and_undone_bit_for_bit(name):
     base = mixture(name)
@@ -148,6 +152,7 @@ def test_a_merge_that_would_break_a_weight_is_refused_before_anything_is_changed
     assert all(torch.equal(p, before[n]) or p.isnan().any() for n, p in model.named_parameters())
 
 
+@pytest.mark.quick(name=["gpt_oss"])
 @EVERY_MIXTURE
 def test_a_saved_adapter_computes_what_it_did(name, tmp_path):
     base = mixture(name)
@@ -367,6 +372,47 @@ def test_what_is_computed_or_elsewhere_at_the_call_is_refused():
         logits(model)
     with pytest.raises(ValueError, match=r"experts\.down_proj', whose weight is computed anew"):
         model.merge_adapter()
+
+
+def test_offloaded_parameters_are_refused_in_calls_and_merges():
+    """Hooks that only move inputs, as on several devices, are right."""
+    model = adapted_mixture(mixture("mixtral", torch.float32))
+    expected = logits(model)
+    placed = copy.deepcopy(model)
+    dispatch_model(placed.get_base_model(), {"": "cpu"}, force_hooks=True)
+    assert relative_error(logits(placed), expected) < rounding(model)
+    cpu_offload(model.get_base_model())
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts\..* is sharded or offloaded"):
+        logits(model)
+    with pytest.raises(ValueError, match=r"experts\.\w+_proj', a parameter that is offloaded"):
+        model.merge_and_unload()
+
+
+def test_a_scale_holds_in_calls_and_merges():
+    model = adapted_mixture(mixture("gpt_oss"))
+    before = logits(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.scale_layer(0.5)
+    scaled_logits = logits(model)
+    assert relative_error(scaled_logits, before) > 0.1
+    assert relative_error(logits(model.merge_and_unload()), scaled_logits) < MODEL64
+
+
+def test_other_ways_to_load_and_to_run(tmp_path):
+    base = mixture("qwen3_moe", torch.float32)
+    model = adapted_mixture(copy.deepcopy(base)).eval()
+    expected = logits(model).detach()
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        assert relative_error(logits(model), expected) < rounding(model)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)), expected
+    )
+    by_transformers = copy.deepcopy(base)
+    by_transformers.load_adapter(tmp_path)
+    assert torch.equal(logits(by_transformers.eval()), expected)
+    assert torch.equal(logits(model.unload()), logits(base.eval()))
 
 
 def test_what_needs_one_product_is_refused():
