@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_reslora.export.fitting import Fit, FittedUpdate
-from peft_reslora.export.forms import EMBEDDING, LINEAR, form_of, reads_back
+from peft_reslora.export.forms import EMBEDDING, LINEAR, ParameterForm, form_of_adapted, reads_back
 from peft_reslora.export.hub import upload
 from peft_reslora.export.report import ExportReport, LayerReport, lora_card
 from peft_reslora.shared.card import is_local, method_name
@@ -135,6 +135,12 @@ class LoraExport:
                 "with llama.cpp, or export with a lower rank=.",
                 stacklevel=3,
             )
+        if self.config.target_parameters:
+            warnings.warn(
+                "The LoRA adapts parameters (target_parameters), which PEFT loads from 0.17 on; programs that read "
+                "the factors of linear layers alone misread or refuse them. For these use merge_and_unload().",
+                stacklevel=3,
+            )
         if self.config.use_dora:
             warnings.warn(
                 "The checkpoint is a DoRA (use_dora=True), which PEFT loads; vLLM, SGLang and llama.cpp refuse it. "
@@ -190,6 +196,8 @@ class LoraExport:
     def _config_json(self) -> str:
         fields = {name: getattr(self.config, name) for name in _CONFIG_FIELDS}
         fields["target_modules"] = sorted(fields["target_modules"])
+        if self.config.target_parameters:  # PEFT knows it from 0.17 on
+            fields["target_parameters"] = sorted(self.config.target_parameters)
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
@@ -206,7 +214,7 @@ def _refuse_all_but_exports(folder: Path) -> None:
         peft_type, fields = config.get("peft_type"), sorted(config)
     except (OSError, ValueError, AttributeError):
         peft_type, fields = None, []
-    if fields != sorted(_CONFIG_FIELDS):
+    if [name for name in fields if name != "target_parameters"] != sorted(_CONFIG_FIELDS):
         held = f"an adapter with peft_type {peft_type!r}" if peft_type else "files"
         raise ValueError(
             f"{folder} holds {held}, and no earlier export; the export would replace it. Give another folder."
@@ -237,7 +245,7 @@ def _prove(folder: Path, base_model: nn.Module, state_dict: dict[str, Tensor]) -
         )
     generator = torch.Generator().manual_seed(0)
     for name, layer in layers.items():
-        form = form_of(layer.get_base_layer())
+        form = form_of_adapted(layer)
         A, B = form.matrices((state_dict[f"{name}.{form.names[0]}"], state_dict[f"{name}.{form.names[1]}"]))
         same_norms = _same_norms(layer, state_dict.get(f"{name}.{DORA_PART}"))
         if not (same_norms and reads_back(layer, A.float(), B.float(), generator)):
@@ -299,7 +307,7 @@ def assemble(
 def _layer_reports(updates: Mapping[str, FittedUpdate], fit: Fit) -> list[LayerReport]:
     return [
         LayerReport(
-            layer=name,
+            layer=update.form.path if isinstance(update.form, ParameterForm) else name,
             merge="exact" if update.merge.exact else update.merge.why,
             why=update.merge.why if update.merge.exact else "",
             exact=update.merge.exact and not update.truncated and fit.dtype == torch.float32,

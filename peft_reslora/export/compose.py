@@ -317,6 +317,11 @@ def _refuse_unlike(exports: Sequence[LoraExport]) -> None:
         ValueError: naming what differs.
     """
     tensors = {key: tensor for export in exports for key, tensor in export.state_dict.items()}
+    if any(export.config.target_parameters for export in exports):
+        raise ValueError(
+            "An export adapts parameters (target_parameters), and only adapters of linear layers are summed. Merge "
+            "the adapters one after the other with merge_and_unload()."
+        )
     if other := [key for key, tensor in tensors.items() if tensor.ndim != 2 or "lora_embedding_" in key]:
         raise ValueError(
             f"{other[0].removeprefix(PREFIX)} is of a convolution or an embedding, and only adapters of linear layers "

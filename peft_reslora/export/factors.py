@@ -262,7 +262,7 @@ def _dense(layer: Any, adapter_name: str) -> Factors:
 
 def _refuse_other_than_linear(layer: BaseTunerLayer) -> None:
     base = layer.get_base_layer()
-    if isinstance(layer, ParamWrapper):
+    if isinstance(layer, ParamWrapper):  # of which ResLoRA's is exported by `experts.py`
         raise ValueError("it adapts a parameter (target_parameters) and not a linear layer; use merge_and_unload()")
     lora = isinstance(layer, (LoraLayer, GivesFactors))
     grouped = isinstance(base, Convolution) and base.groups > 1 and not isinstance(layer, LoraLayer)

@@ -202,13 +202,13 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
 def relative_error(update: Factors, other: Factors) -> float:
     """||update - other||_F / ||update||_F from the factors, in float64; 0 for two updates of zero."""
     A, B = torch.cat((update.A.double(), other.A.double())), torch.cat((update.B.double(), -other.B.double()), dim=1)
-    norm, distance = _frobenius_norm(update.A.double(), update.B.double()), _frobenius_norm(A, B)
+    norm, distance = frobenius_norm(update.A.double(), update.B.double()), frobenius_norm(A, B)
     if norm == 0.0:
         return 0.0 if distance == 0.0 else float("inf")
     return distance / norm
 
 
-def _frobenius_norm(A: Tensor, B: Tensor) -> float:
+def frobenius_norm(A: Tensor, B: Tensor) -> float:
     """||B @ A||_F from the triangular factors of both, without cancellation."""
     if A.shape[0] == 0:
         return 0.0

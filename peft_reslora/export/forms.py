@@ -2,7 +2,8 @@
 
 Everywhere else the factors are matrices, A `(R, in_features)` and B `(out_features, R)`; of a convolution A's columns
 are the entries of a patch, channel by channel. PEFT (0.21.2), kohya's scripts and diffusers hold them as kernels, and
-PEFT those of an embedding under other names.
+PEFT those of an embedding under other names. Those of a parameter, which `target_parameters` adapts, have a dimension
+more, for its experts.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_reslora.shared.host import CONVOLUTIONS, Convolution, convolve
+from peft_reslora.reslora.blocks.experts import as_held, folded
+from peft_reslora.shared.host import CONVOLUTIONS, Convolution, convolve, is_transposed_parameter
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,40 @@ class Form:
         return torch.cat(rows), torch.cat(columns)
 
 
+@dataclass(frozen=True)
+class ParameterForm(Form):
+    """The form of the factors of a parameter with so many experts: A `(R, experts, in)` and B `(out, R, experts)`.
+
+    Args:
+        path: the parameter's name in the base model, which the file does not tell.
+        experts: their number; 1 for a matrix.
+    """
+
+    path: str = ""
+    experts: int = 1
+
+    def tensors(self, A: Tensor, B: Tensor, r: int) -> dict[str, Tensor]:
+        missing = r - A.shape[0]
+        A, B = nn.functional.pad(A, (0, 0, 0, 0, 0, missing)), nn.functional.pad(B, (0, 0, 0, missing))
+        return dict(zip(self.names, (held.contiguous() for held in as_held(A, B)), strict=True))
+
+    def matrices(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return folded(*tensors, self.experts)
+
+
 LINEAR = Form()
 EMBEDDING = Form(("lora_embedding_A", "lora_embedding_B"))
+
+
+def form_of_adapted(layer: BaseTunerLayer) -> Form:
+    """The form of the factors for what a tuner's layer adapts.
+
+    Raises:
+        ValueError: as `form_of`.
+    """
+    if isinstance(layer, ParamWrapper):
+        return ParameterForm(path=layer.parameter_name, experts=layer.num_experts)
+    return form_of(layer.get_base_layer())
 
 
 def form_of(base_layer: nn.Module) -> Form:
@@ -127,7 +162,10 @@ def dora_form_of(base_layer: nn.Module) -> Form:
 @torch.no_grad()
 def reads_back(layer: LoraLayer, A: Tensor, B: Tensor, generator: torch.Generator) -> bool:
     """Whether plain PEFT's layer adds to its output what the matrices A and B say, on a random input."""
-    read, expected = _READERS.get(type(layer.get_base_layer()), _of_linear)(layer, A, B, generator)
+    reader = (
+        _of_parameter if isinstance(layer, ParamWrapper) else _READERS.get(type(layer.get_base_layer()), _of_linear)
+    )
+    read, expected = reader(layer, A, B, generator)
     return torch.allclose(read, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -135,6 +173,13 @@ def _of_linear(layer: Any, A: Tensor, B: Tensor, generator: torch.Generator) -> 
     x = torch.randn(4, A.shape[1], generator=generator, dtype=A.dtype)
     lora_A, lora_B = layer.lora_A["default"].float().cpu(), layer.lora_B["default"].float().cpu()
     return layer.scaling["default"] * lora_B(lora_A(x)), x @ A.T @ B.T
+
+
+def _of_parameter(layer: Any, A: Tensor, B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of each expert the matrix B A, in the parameter's own orientation."""
+    delta = torch.einsum("ore,rei->eoi", B, A)
+    read = layer.get_delta_weight("default").float().cpu()
+    return read.view(layer.num_experts, *read.shape[-2:]), delta.mT if is_transposed_parameter(layer) else delta
 
 
 def _of_embedding(layer: Any, A: Tensor, B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from peft_reslora.export.base import unknown_layers
 from peft_reslora.export.chains import ChainFit
 from peft_reslora.export.checkpoint import LoraExport, Shapes, assemble
+from peft_reslora.export.experts import fit_experts
 from peft_reslora.export.factors import dora_factors, layer_factors
 from peft_reslora.export.fitting import AS_TRAINED, Fit, FittedUpdate
-from peft_reslora.export.forms import dora_form_of, form_of
+from peft_reslora.export.forms import ParameterForm, dora_form_of, form_of_adapted
 from peft_reslora.export.pipeline import diffusers_prefix
 from peft_reslora.export.source import (
     MERGE_INSTEAD,
@@ -47,7 +50,7 @@ from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import planned
 from peft_reslora.reslora.linking import chains_among
 from peft_reslora.shared.host import has_adapter, own_parameters
-from peft_reslora.shared.names import unwrapped
+from peft_reslora.shared.names import parameter_path, unwrapped
 from peft_reslora.shared.precision import full_precision
 
 
@@ -126,19 +129,22 @@ def export_quietly(
     """What `export_lora` does, without its warnings: those point to the line that called a public function."""
     model = unwrapped(model)
     config = config_in_model(model, adapter_name)
-    refuse_config(config, adapter_name, allow_dora)
+    refuse_config(config, adapter_name, allow_dora, in_model=True)
     if dora := is_dora(config):
         refuse_truncated_dora(fit, adapter_name)
     base_model = base_model_of(model)
     refuse_resized(base_model, config, adapter_name)
     modules = named_base_modules(base_model)
     updates = updates_in_model(modules, adapter_name, config, fit, progressbar)
-    zeros, targets = _complete(updates, modules, fill_missing_layers)
+    parameters = {name: u.form.path for name, u in updates.items() if isinstance(u.form, ParameterForm)}
+    layers = {name: update for name, update in updates.items() if name not in parameters}
+    zeros, targets = _complete(layers, modules, fill_missing_layers)
     base_class = type(base_model)
     auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     lora_config = LoraConfig(
         target_modules=targets,
-        fan_in_fan_out=any(isinstance(tuner_layers(modules[n])[-1].get_base_layer(), Conv1D) for n in updates),
+        target_parameters=sorted(parameters.values()) or None,
+        fan_in_fan_out=any(isinstance(tuner_layers(modules[n])[-1].get_base_layer(), Conv1D) for n in layers),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path or name_of(base_model),
         revision=config.revision,
@@ -149,9 +155,10 @@ def export_quietly(
     prefix = None if dora else diffusers_prefix(base_model)
     norms = {name: _norms_of(name, modules, adapter_name) for name in zeros} if dora else None
     export = assemble(updates, zeros, lora_config, fit, config, call, prefix, norms)
-    refuse_misfits(export.shapes(), modules)
+    shapes = {name: shape for name, shape in export.shapes().items() if name not in parameters}
+    refuse_misfits(shapes, modules)
     export.report.tied.update(tied_layers(updates, modules))
-    export.report.unknown.extend(unknown_layers(base_model, list(export.shapes())))
+    export.report.unknown.extend(unknown_layers(base_model, list(shapes)))
     return export
 
 
@@ -183,6 +190,8 @@ def updates_in_model(
 ) -> dict[str, FittedUpdate]:
     """The update of every layer that has the adapter, by the module's name in the base model.
 
+    Those of several parameters of one module by the names of PEFT's layers, `experts` and `experts.base_layer`.
+
     Args:
         modules: of the base model, as from `named_base_modules`.
         adapter_name: which adapter, and `config` its config.
@@ -205,22 +214,34 @@ def updates_in_model(
                     )
                 if isinstance(layer, BaseTunerLayer) and has_adapter(layer, adapter_name):
                     with in_layer(adapter_name, name):
-                        updates[name] = _update(layer, adapter_name, config, fit, chain_fit)
+                        key = _key_of(name, layer, module)
+                        updates[key] = _update(name, layer, adapter_name, config, fit, chain_fit)
     if not updates:
         raise ValueError(f"Adapter {adapter_name!r} has no layers in this model, so there is nothing to export.")
     return updates
 
 
+def _key_of(name: str, layer: nn.Module, module: nn.Module) -> str:
+    """How a file calls one of the layers that stand in a module's place, where each adapts another parameter."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    around = [other for other in tuner_layers(module) if isinstance(other, ParamWrapper)]
+    return name + ".base_layer" * around.index(layer)
+
+
 def _update(
-    layer: BaseTunerLayer, adapter_name: str, config: PeftConfig, fit: Fit, chain_fit: ChainFit
+    name: str, layer: BaseTunerLayer, adapter_name: str, config: PeftConfig, fit: Fit, chain_fit: ChainFit
 ) -> FittedUpdate:
     """One layer's, fitted."""
     place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
+    form = form_of_adapted(layer)
+    if place is not None and isinstance(form, ParameterForm):
+        form = dataclasses.replace(form, path=parameter_path(name, form.path))
+        return fit_experts(fit, *layer.merged_factors(adapter_name), place[0].merge().exactness[place[1]], form)
     if is_dora(config):
         merge = AS_TRAINED if place is None else place[0].merge().exactness[place[1]]
         return fit.dora_update(*dora_factors(layer, adapter_name), merge, dora_form_of(layer.get_base_layer()))
     factors = layer_factors(layer, adapter_name, approximate=fit.approximate)
-    form = form_of(layer.get_base_layer())
     if place is None:
         return fit.update(factors, form=form)
     return chain_fit.update(factors, place[0].merge(), place[1], form)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from peft_reslora.export.base import config_of_base
 from peft_reslora.export.fitting import Fit
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.shared.card import method_name
 
 MERGE_INSTEAD = "Use merge_and_unload() and save the whole model instead."
@@ -41,11 +42,12 @@ def is_dora(config: PeftConfig) -> bool:
     return bool(getattr(config, "use_dora", False))
 
 
-def refuse_config(config: PeftConfig, adapter_name: str, allow_dora: bool = False) -> None:
+def refuse_config(config: PeftConfig, adapter_name: str, allow_dora: bool = False, in_model: bool = False) -> None:
     """Refuse an adapter that, by its config, is more than matrices added to the weights of linear layers.
 
     Args:
         allow_dora: it may have DoRA's norms besides.
+        in_model: it is on its base model, so that it may be ResLoRA on parameters.
 
     Raises:
         ValueError: naming every field at fault.
@@ -58,9 +60,16 @@ def refuse_config(config: PeftConfig, adapter_name: str, allow_dora: bool = Fals
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         faults.append(f"init_lora_weights={init!r} changed the base weights, which a LoRA for the original one lacks")
-    for name in ("layer_replication", "target_parameters", "trainable_token_indices"):
+    for name in ("layer_replication", "trainable_token_indices"):
         if getattr(config, name, None):
             faults.append(f"{name} changes more than the weights of linear layers")
+    if getattr(config, "target_parameters", None) and not (in_model and isinstance(config, ResLoRAConfig)):
+        faults.append(
+            "target_parameters names parameters, and only the base model tells whose are the factors in the file; "
+            "export it with its base (--base MODEL, export_lora(model))"
+            if isinstance(config, ResLoRAConfig)
+            else "target_parameters changes more than the weights of linear layers"
+        )
     for field in dataclasses.fields(config):
         if field.metadata.get("is_lora_variant") and getattr(config, field.name):
             if field.name != "use_dora":

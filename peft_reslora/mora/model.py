@@ -161,9 +161,10 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
     ) -> nn.Module:
         """As in PEFT, but what cannot be merged is refused before the first layer is changed."""
         layers = self._check_mergeable(adapter_names, safe_merge)
-        refuse_inseparable(self.model, layers)
+        weights = [f"{name}.weight" for name in layers]
+        refuse_inseparable(self.model, weights)
         merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        untie(merged, layers)
+        untie(merged, weights)
         return merged
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ _CHECKS: dict[str, fields.Check] = {
     "lora_alpha": fields.alpha,
     "lora_dropout": fields.dropout,
     "target_modules": fields.names_or_pattern,
+    "target_parameters": fields.names,
     "exclude_modules": fields.names_or_pattern,
     "chain_pattern": fields.names_or_pattern,
     "layers_pattern": fields.names_or_pattern,
@@ -173,7 +174,8 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             self.chain_cuts = BY_NUMBER if saved else AUTO
         faults = fields.field_faults(self, _CHECKS, {"rank_pattern": fields.rank, "alpha_pattern": fields.alpha})
         # PEFT takes the kinds for granted
-        fields.refuse(self, [*faults, *self._own_faults(), *self._lora_faults(), *self._adalora_faults(faults)])
+        faults += [*self._own_faults(), *self._lora_faults(), *self._parameter_faults(), *self._adalora_faults(faults)]
+        fields.refuse(self, faults)
         fields.refuse(self, fields.pattern_faults(self))
         if self.total_step is not None:
             self.r = self.init_r
@@ -256,6 +258,34 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
         }
         return [fault for fault, broken in rules.items() if broken]
 
+    def _parameter_faults(self) -> list[str]:
+        """What else the config asks for that no layer over a parameter has."""
+        if not self.target_parameters:
+            return []
+        given = f"target_parameters={fields.shown(self.target_parameters)} with "
+        rules = {
+            f"shortcut={fields.shown(self.shortcut)}, which adds up what consecutive layers compute for the same "
+            "token, but to the experts of each layer other tokens are routed; choose shortcut='block'": (
+                self.shortcut in ("input", "middle")
+            ),
+            "use_dora=True, whose norms PEFT has of no parameter; leave it out": self.use_dora,
+            "total_step (AdaLoRA), whose ranks are not those of each expert; leave it out": (
+                self.total_step is not None
+            ),
+            "nested_ranks=True, whose directions are not those of each expert; leave it out": self.nested_ranks,
+            f"lora_dropout={fields.shown(self.lora_dropout)}, but the update is added to the parameter and no input "
+            "of A is there to be dropped; set lora_dropout=0": bool(self.lora_dropout),
+            "fan_in_fan_out=True, but each parameter says itself how it is turned; leave it out": self.fan_in_fan_out,
+            f"layers_to_transform={fields.shown(self.layers_to_transform)}, which PEFT reads for modules only; name "
+            "the parameters of these layers in full, as in 'layers.0.mlp.experts.down_proj'": (
+                self.layers_to_transform is not None
+            ),
+            "init_lora_weights='orthogonal', which is made of one weight; choose True or 'gaussian'": (
+                self.init_lora_weights == "orthogonal"
+            ),
+        }
+        return [given + fault for fault, broken in rules.items() if broken]
+
     def _lora_faults(self) -> list[str]:
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         faults = [
@@ -264,12 +294,6 @@ class ResLoRAConfig(SavedWhole, LoraConfig):
             for name, harmless in _REFUSED_FIELDS.items()
             if name in known and (value := getattr(self, name)) not in harmless
         ]
-        if self.target_parameters:
-            faults.append(
-                f"target_parameters={fields.shown(self.target_parameters)} is not supported with shortcuts: of the "
-                "parameters of one module, such as fused experts, PEFT makes layers inside each other under one name, "
-                "which no chain can tell apart; train them with LoraConfig"
-            )
         if self.init_lora_weights not in _INITS:
             faults.append(
                 f"init_lora_weights={fields.shown(self.init_lora_weights)} changes the base weight or needs its own "

@@ -27,6 +27,7 @@ from peft_reslora.reslora.chain_table import (
     shortest_cuts,
 )
 from peft_reslora.reslora.config import AUTO, BY_NUMBER, ResLoRAConfig
+from peft_reslora.reslora.target_parameters import parameters_beside
 from peft_reslora.shared.host import Convolution, in_out_features
 from peft_reslora.shared.names import PREFIX, bare_name
 
@@ -91,7 +92,8 @@ def find_cuts(
     modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
     patterns = [chain_pattern] if isinstance(chain_pattern, str) else list(chain_pattern or ())
     targeted = {target.name for target in targets}
-    others = (layer for layer in _linear_layers(modules) if layer.name not in targeted)
+    beside = parameters_beside(modules, [target for target in targets if target.name not in modules])
+    others = (layer for layer in (*_linear_layers(modules), *beside) if layer.name not in targeted)
     layers = [*targets, *(layer for layer in others if not _matches(patterns, layer.name))]
     shared = _first_without_keys(modules)
     cuts = {}

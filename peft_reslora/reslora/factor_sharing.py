@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,11 @@ def way_to_factors(chain: Chain, position: int, x: torch.Tensor, folded: bool = 
 
 def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[Term]:
     """A, B and s of the layer at `position` and of those that feed it, nearest first, on the device."""
-    pairs = _handed(chain, position, device) if way is Way.HANDED else [read(chain, k) for k in chain.span(position)]
+    if way is Way.HANDED:
+        pairs = _handed(chain, position, device)
+    else:
+        have = partial(_called, device=device) if way is Way.CALLED else read
+        pairs = [have(chain, k) for k in chain.span(position)]
     scalings = [chain.block(k).scaling for k in chain.span(position)]
     return [(A.to(device), B.to(device), s) for (A, B), s in zip(pairs, scalings, strict=True)]
 
@@ -79,6 +84,13 @@ def read(chain: Chain, position: int) -> Factors:
     """The two factors of a layer's update, where they are."""
     block, name = chain.block(position), chain.names[position]
     A, B = (readable(weight, name, _ADVICE) for weight in block.weights)
+    return block.in_use(A, B)
+
+
+def _called(chain: Chain, position: int, device: torch.device) -> Factors:
+    """The two factors of a layer's update, as calls of its modules show them."""
+    block, name = chain.block(position), chain.names[position]
+    A, B = (_whole(module, name, device) for module in block.modules)
     return block.in_use(A, B)
 
 

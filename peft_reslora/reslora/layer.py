@@ -120,6 +120,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     kept_base: list[nn.Parameter | nn.Module]
     is_plain: ClassVar[bool] = False  # whether the base layer's weight is plain numbers, into which a merge can write
     is_linear: ClassVar[bool] = False  # whether it is that of a linear layer besides
+    own_kind: ClassVar[type[LinearBlock] | None] = None  # of its blocks, where neither config nor base layer tell
+    parameter_name: str = "weight"  # what of the base layer is adapted
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copies and pickles: the copied layer enters itself into the copies of its chains."""
@@ -151,6 +153,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         dict.fromkeys(name for name in (*LoraLayer.adapter_layer_names, *PARAMETER_NAMES) if name != _STAMP)
     )
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, _STAMP)
+
+    def weight_name(self, name: str) -> str:
+        """The name in the model of what is adapted, by the layer's own."""
+        return f"{name}.{self.parameter_name}"
 
     def chain_of(self, adapter_name: str) -> tuple[Chain, int] | None:
         variant = self.lora_variant.get(adapter_name)
@@ -326,6 +332,10 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
     @full_precision()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The merged delta weight in the base weight's own orientation and the adapter's dtype."""
+        return self.delta_of_merge(adapter)
+
+    def delta_of_merge(self, adapter: str) -> torch.Tensor:
+        """What a merge of the adapter adds to the base weight."""
         if self.chain_of(adapter) is None:
             return super().get_delta_weight(adapter)
         block = self.block_of(adapter)
@@ -395,20 +405,20 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         name, base_layer = self.layer_name, self.get_base_layer()
         refuse_repacked(base_layer, name)
         if adapter_names and self.is_plain:
-            refuse_unwritable(base_layer, name)
+            refuse_unwritable(base_layer, name, self.parameter_name)
         if any(self.lora_bias.get(adapter_name) for adapter_name in adapter_names):
             raise ValueError(f"An adapter with lora_bias=True cannot be merged into the ResLoRA layer {name!r}.")
         bounds = {adapter_name: self._largest_update(adapter_name) for adapter_name in adapter_names}
         # Of a quantized weight, take the narrowest of the dtypes into which it can be dequantized.
-        dtype = base_layer.weight.dtype if self.is_plain and adapter_names else torch.float16
-        deltas = {n: partial(self.get_delta_weight, n) for n in adapter_names}
+        dtype = getattr(base_layer, self.parameter_name).dtype if self.is_plain and adapter_names else torch.float16
+        deltas = {n: partial(self.delta_of_merge, n) for n in adapter_names}
         refuse_overflow(self._base_weight, dtype, deltas, bounds, name, safe_merge)
 
     def _largest_update(self, adapter_name: str) -> float:
         """A bound on the entries of the delta weight: |b_i . a_j| <= |b_i| |a_j|."""
         place = self.chain_of(adapter_name)
         if place is None:
-            return float(self.get_delta_weight(adapter_name).abs().max())
+            return float(self.delta_of_merge(adapter_name).abs().max())
         return self.block_of(adapter_name).largest_entry(*place[0].merge().factors(place[1]))
 
     def _keeps_base(self, adapter_names: Sequence[str]) -> bool:
@@ -428,7 +438,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         if not self.is_plain:
             asked_for = len(adapter_names) > 1 and not self._adds_up(adapter_names)
             return [kept_copy(base_layer)] if asked_for or self._keeps_base(adapter_names) else []
-        held = own_weight(base_layer)
+        held = own_weight(base_layer, self.parameter_name)
         if any(self.chain_of(name) is None for name in adapter_names):  # PEFT writes plain LoRA into the weight itself
             base_layer.weight.data = base_layer.weight.data.clone()
         return [held]
@@ -438,7 +448,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             if isinstance(base, nn.Module):
                 put_back(self.get_base_layer(), base)
             else:
-                give_back_weight(self.get_base_layer(), base)
+                give_back_weight(self.get_base_layer(), base, self.parameter_name)
 
     @property
     def layer_name(self) -> str:
@@ -451,8 +461,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
         base_layer = self.get_base_layer()
         if not self.is_plain:
             return dequantized_weight(base_layer)
-        if own_parameter(base_layer, "weight") is not None:
-            return held_tensor(base_layer, "weight").detach()
+        if own_parameter(base_layer, self.parameter_name) is not None:
+            return held_tensor(base_layer, self.parameter_name).detach()
         return transpose(computed_weight(base_layer), self.fan_in_fan_out)
 
     @full_precision()
@@ -634,7 +644,12 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
             f"which would train plain LoRA. Supported are {', '.join(_VARIANT_AWARE)}. Exclude the layer with "
             "exclude_modules, or use LoraConfig."
         )
-    module.__class__ = _subclass(kind.__name__)
+    become(module, _subclass(kind.__name__))
+
+
+def become(module: nn.Module, kind: type[ResLoRALayer]) -> None:
+    """Turn one of PEFT's LoRA layers into its subclass `kind`, in place."""
+    module.__class__ = kind
     module.__dict__.pop("adapter_layer_names", None)  # what PEFT's own variant has added, which is not used
     for parameters in PARAMETER_NAMES:
         if not hasattr(module, parameters):

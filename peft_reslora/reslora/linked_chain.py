@@ -28,6 +28,7 @@ class ChainedLayer(Protocol):
     """What a chain asks of its layers."""
 
     r: dict[str, int]
+    own_kind: type[LinearBlock] | None
     lora_norm: BufferDict
     lora_shortcut: BufferDict
     lora_calibrated: BufferDict
@@ -56,7 +57,7 @@ class Chain:
         self.names = list(names)
         self.adapter_name = adapter_name
         self.config = config
-        self.kind = block_kind(config, layers[0].get_base_layer())
+        self.kind = layers[0].own_kind or block_kind(config, layers[0].get_base_layer())
         self.relay = Relay(names, config.shortcut, config.pre_num, adapter_name, doorways)
         self.keeps_base_weights = True
         self.seen_sharded = False  # at any time

@@ -28,7 +28,9 @@ from peft_reslora.reslora.cuts import (
 )
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
+from peft_reslora.reslora.parameter_layer import ParamWrapper
 from peft_reslora.reslora.passes import add_doorway
+from peft_reslora.reslora.target_parameters import parameter_target, parameter_targets
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.host import CONVOLUTIONS, Convolution, custom_modules, has_adapter, in_out_features
 from peft_reslora.shared.names import PREFIX, bare_name
@@ -132,10 +134,14 @@ def find_injected_chains(model: nn.Module, config: ResLoRAConfig, adapter_name: 
 
 
 def _targets_of(model: nn.Module, adapter_name: str) -> list[Target]:
-    return [
-        target_of(name, layer.get_base_layer(), (layer.in_features, layer.out_features), layer.r[adapter_name])
-        for name, layer in _adapted_layers(model, adapter_name)
-    ]
+    targets = []
+    for name, layer in _adapted_layers(model, adapter_name):
+        shape, rank = (layer.in_features, layer.out_features), layer.r[adapter_name]
+        if isinstance(layer, ParamWrapper):
+            targets.append(parameter_target(name, layer.num_experts, *shape, rank))
+        else:
+            targets.append(target_of(name, layer.get_base_layer(), shape, rank))
+    return targets
 
 
 @contextmanager
@@ -185,7 +191,8 @@ def _refuse_other_layers(configs: Sequence[ResLoRAConfig]) -> None:
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ResLoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, ResLoRALayer) and has_adapter(module, adapter_name):
-            yield bare_name(name, model).removeprefix(PREFIX), module
+            name = bare_name(name, model).removeprefix(PREFIX)
+            yield module.weight_name(name) if isinstance(module, ParamWrapper) else name, module
 
 
 def find_chains_before_injection(
@@ -208,7 +215,7 @@ def find_chains_before_injection(
 
 
 def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str, nn.Module]) -> list[Target]:
-    """Layers that are not adapted yet, as `config` would adapt them."""
+    """Layers that are not adapted yet, and parameters, as `config` would adapt them."""
     targets = []
     for name, layer in layers.items():
         in_features, out_features = in_out_features(_base_of(layer))
@@ -218,7 +225,7 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
         if fault := oversized(rank, in_features, out_features) or _ungrouped(_base_of(layer), rank):
             raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Change r or its entry in rank_pattern.")
         targets.append(target_of(bare_name(name, model), _base_of(layer), (in_features, out_features), rank))
-    return targets
+    return [*targets, *parameter_targets(model, config)]
 
 
 def _ungrouped(base_layer: nn.Module, rank: int) -> str | None:

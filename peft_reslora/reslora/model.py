@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 
 from peft_reslora.reslora.blocks.adalora import SINGULAR_VALUES, AdaloraBlock
@@ -27,6 +28,7 @@ from peft_reslora.reslora.linking import (
     own_config,
 )
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS
+from peft_reslora.reslora.parameter_layer import as_parameter_layer
 from peft_reslora.reslora.passes import doorway_of, remove_doorways
 from peft_reslora.reslora.rank_allocation import (
     stop_watching_training,
@@ -119,7 +121,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
-        as_reslora_layer(getattr(parent, target_name), current_key)
+        made = getattr(parent, target_name)
+        if kwargs.get("parameter_name") is None:
+            as_reslora_layer(made, current_key)
+        elif isinstance(made, PeftParamWrapper):  # else one that was there takes another adapter
+            as_parameter_layer(made)
 
     @full_precision()
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -145,7 +151,8 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         nothing: AbstractContextManager[list[Chain]] = nullcontext([])
         merging = self._adapted_layers(adapter_names) if merge else {}
         plan = self._planned_merge(merging, adapter_names, safe_merge, keep_base_weights=False) if merge else nothing
-        refuse_inseparable(self.model, merging)
+        weights = [layer.weight_name(name) for name, layer in merging.items()]
+        refuse_inseparable(self.model, weights)
         with plan as chains:
             for name in dict.fromkeys(chain.adapter_name for chain in chains):
                 logger.info(describe_merge([chain for chain in chains if chain.adapter_name == name]))
@@ -155,7 +162,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         remove_doorways(unloaded)
         stop_watching(unloaded)
         stop_watching_training(unloaded)
-        untie(unloaded, merging)
+        untie(unloaded, weights)
         return unloaded
 
     def _adapted_layers(self, adapter_names: Sequence[str] | None) -> dict[str, ResLoRALayer]:
@@ -194,7 +201,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             for layer in layers.values():
                 layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
             own = set() if keep_base_weights else own_memory(self.model)
-            weights = {id(layer): own_parameter(layer.get_base_layer(), "weight") for layer in layers.values()}
+            weights = {id(m): own_parameter(m.get_base_layer(), m.parameter_name) for m in layers.values()}
             in_place = {layer for layer, weight in weights.items() if id(weight) in own}
             if not all(chain.kind.adds_up for chain in chains):  # such a block asks for the weight from before
                 in_place = set()

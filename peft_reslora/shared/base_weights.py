@@ -27,15 +27,15 @@ from peft_reslora.shared.offloading import offload_hook
 _READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def own_weight(base_layer: nn.Module) -> nn.Parameter:
-    """Give a layer a parameter of its own, with the values of the one that it had, which is returned.
+def own_weight(base_layer: nn.Module, name: str = "weight") -> nn.Parameter:
+    """Give a layer a parameter `name` of its own, with the values of the one that it had, which is returned.
 
     The new one still reads the same memory: a merge has to put another tensor into it, or know of `own_memory`.
     """
-    held: Any = base_layer.weight
+    held: Any = getattr(base_layer, name)
     own = nn.Parameter(held.data, requires_grad=held.requires_grad)
     vars(own).update(vars(held))
-    base_layer.weight = own
+    setattr(base_layer, name, own)
     # What was loaded for the merge only is not to stay on the device for its sake.
     return held if offload_hook(base_layer) is None else nn.Parameter(held.data.cpu(), held.requires_grad)
 
@@ -51,28 +51,28 @@ def _place(parameter: nn.Parameter) -> int:
     return parameter.untyped_storage().data_ptr() if type(parameter) is nn.Parameter else 0
 
 
-def give_back_weight(base_layer: nn.Module, held: nn.Parameter) -> None:
+def give_back_weight(base_layer: nn.Module, held: nn.Parameter, name: str = "weight") -> None:
     """Undo `own_weight`; a layer that was moved or cast meanwhile stays so."""
-    now: Any = base_layer.weight
+    now: Any = getattr(base_layer, name)
     if (held.device, held.dtype) != (now.device, now.dtype):
         held.data = held.data.to(now.device, now.dtype)
-    base_layer.weight = held
+    setattr(base_layer, name, held)
 
 
-def refuse_unwritable(base_layer: nn.Module, layer_name: str) -> None:
-    """Refuse a plain layer whose weight is no parameter, or no plain numbers.
+def refuse_unwritable(base_layer: nn.Module, layer_name: str, name: str = "weight") -> None:
+    """Refuse a plain layer whose weight, held as `name`, is no parameter, or no plain numbers.
 
     Raises:
         ValueError: if the weight is computed from other parameters at every use, so that a merge would be lost.
         TypeError: as `refuse_unreadable`.
     """
-    weight = own_parameter(base_layer, "weight")
+    weight = own_parameter(base_layer, name)
     if weight is None:
         raise ValueError(
             f"No adapter can be merged into layer {layer_name!r}, whose weight is computed anew from other tensors "
-            f"({_sources(base_layer)}) at every use, so that the merge would be lost. Make it a parameter before, by "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight') or, for the older hooks, "
-            "remove_weight_norm and the like; or export the adapter with export_lora."
+            f"({_sources(base_layer, name)}) at every use, so that the merge would be lost. Make it a parameter "
+            f"before, by torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {name!r}) or, for the "
+            "older hooks, remove_weight_norm and the like; or export the adapter with export_lora."
         )
     refuse_unreadable(weight, layer_name)
 
@@ -90,9 +90,9 @@ def refuse_unreadable(weight: torch.Tensor, layer_name: str) -> None:
         )
 
 
-def _sources(base_layer: nn.Module) -> str:
-    if parametrize.is_parametrized(base_layer, "weight"):
-        return ", ".join(type(step).__name__.lstrip("_") for step in base_layer.parametrizations["weight"])  # type: ignore[index]
+def _sources(base_layer: nn.Module, name: str) -> str:
+    if parametrize.is_parametrized(base_layer, name):
+        return ", ".join(type(step).__name__.lstrip("_") for step in base_layer.parametrizations[name])  # type: ignore[index]
     return ", ".join(name for name in own_tensor_names(base_layer) if name != "bias") or "none of its own"
 
 
@@ -200,14 +200,16 @@ def refuse_shared_modules(model: nn.Module, layers: Mapping[str, BaseTunerLayer]
                 )
 
 
-def refuse_inseparable(model: nn.Module, layer_names: Iterable[str]) -> None:
+def refuse_inseparable(model: nn.Module, weights: Iterable[str]) -> None:
     """Refuse to merge for good into a tied weight, where the model could not be saved and loaded as it is then.
+
+    Args:
+        weights: the names in the model of what is merged into.
 
     Raises:
         ValueError: if the flag `tie_word_embeddings`, which has to be False then, means more than tying to the model.
     """
-    weights = {f"{name}.weight" for name in layer_names}
-    for tied_model, tied in _tied_models(model, weights):
+    for tied_model, tied in _tied_models(model, set(weights)):
         if _flag_means_more(tied_model):
             raise ValueError(
                 f"The weight of layer {tied[0].removesuffix('.weight')!r} is tied to another of "
@@ -217,13 +219,12 @@ def refuse_inseparable(model: nn.Module, layer_names: Iterable[str]) -> None:
             )
 
 
-def untie(model: nn.Module, layer_names: Iterable[str]) -> None:
+def untie(model: nn.Module, weights: Iterable[str]) -> None:
     """Let models of transformers say that their tied weights are so no longer, after a merge into some of them.
 
     All of them get tensors of their own, since one flag stands for all when the model is loaded again.
     """
-    weights = {f"{name}.weight" for name in layer_names}
-    for tied_model, _ in list(_tied_models(model, weights)):
+    for tied_model, _ in list(_tied_models(model, set(weights))):
         parameters = dict(tied_model.named_parameters(remove_duplicate=False))
         for name, source in tied_model.all_tied_weights_keys.items():
             tensor = parameters.get(name)

@@ -99,6 +99,24 @@ def is_tensor_parallel(base_layer: nn.Module) -> bool:
     return getattr(base_layer, "_hf_tp_plan", None) is not None
 
 
+def is_transposed_parameter(layer: Any) -> bool:
+    """Whether what a layer over a parameter adapts is `(in, out)` for each expert, as gpt-oss has it, by the flag
+    `is_transposed` on the module that holds it. PEFT 0.21.2, which keeps the answer in a private field.
+    """
+    return layer._param_ndim == 3 and not layer._did_swap_in_out_features
+
+
+def parameter_shape(module: nn.Module, parameter: torch.Tensor) -> tuple[int, int, int]:
+    """The experts, in_features and out_features of a parameter with two or three dimensions, as a layer of PEFT's
+    that is yet to be made over it will have them (`ParamWrapper`). PEFT 0.21.2.
+    """
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # of a partition of DeepSpeed's
+    experts = shape[0] if len(shape) == 3 else 1
+    last, first = shape[-1], shape[-2]
+    is_transposed = len(shape) == 3 and getattr(module, "is_transposed", False)
+    return (experts, first, last) if is_transposed else (experts, last, first)
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that a module holds itself, and does not compute or get from a hook. torch 2.6 to 2.13.
 

@@ -40,6 +40,16 @@ def bare_name(name: str, model: nn.Module | None = None) -> str:
     return ".".join(kept)
 
 
+def parameter_path(name: str, parameter_name: str) -> str:
+    """The name of a module's parameter in the base model, by the name of a layer around the module.
+
+    Of several parameters of one module, PEFT (0.21.2) makes layers inside each other: `experts`, `experts.base_layer`.
+    """
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{parameter_name}"
+
+
 def role_of(name: str) -> str:
     """The name with `*` for the block indices in it: what layers of several blocks have in common."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

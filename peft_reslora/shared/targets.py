@@ -216,7 +216,7 @@ def _mention_experts(model: nn.Module, config: Config, resolved: Any, named: boo
     Raises:
         ValueError: if `config` names them.
     """
-    experts = dict(_fused_experts(model))
+    experts = {name: module for name, module in _fused_experts(model) if not _are_reached(config, name, module)}
     asked = [name for name, module in experts.items() if _is_all_linear(config) or _asks_for(resolved, name, module)]
     if not asked:
         return
@@ -227,13 +227,15 @@ def _mention_experts(model: nn.Module, config: Config, resolved: Any, named: boo
         f"the experts in {roles} ({len(asked)} modules, {share:.0%} of the model's parameters): their weights are "
         f"fused into parameters, and {_tuner(config)} adapts layers"
     )
+    own = hasattr(config, "target_parameters")
+    reaches = f"{_tuner(config)}Config (shortcut='block')" if own else "LoraConfig"
     if named and not config.inference_mode:
         raise ValueError(
             f"target_modules={config.target_modules} asks for {fused}. Name the attention's layers only, leave the "
-            rf"experts out with exclude_modules=r'.*\.{asked[0].rpartition('.')[2]}\..*', or use LoraConfig, which "
-            "reaches them with target_parameters."
+            rf"experts out with exclude_modules=r'.*\.{asked[0].rpartition('.')[2]}\..*', or use the "
+            f"target_parameters of {reaches}, which reach them."
         )
-    warnings.warn(f"Left out are {fused}. LoraConfig reaches them with target_parameters.", stacklevel=4)
+    warnings.warn(f"Left out are {fused}. The target_parameters of {reaches} reach them.", stacklevel=4)
 
 
 def _tuner(config: Config) -> str:
@@ -249,6 +251,12 @@ def _fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         fused = 3 in dimensions or (2 in dimensions and "expert" in kind and not isinstance(module, layers))
         if fused and "expert" in f"{name} {kind}".lower():
             yield name, module
+
+
+def _are_reached(config: Any, name: str, module: nn.Module) -> bool:
+    """Whether target_parameters names a parameter of these experts."""
+    named = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
+    return any(f".{name}.{parameter}".endswith(named) for parameter, _ in module.named_parameters(recurse=False))
 
 
 def _asks_for(config: Any, name: str, module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from random import Random
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -145,7 +146,7 @@ class LayerGates:
         in_training_only: leave the model whole in evaluation mode, also where a step broke off.
 
     Raises:
-        ValueError: if no layer has it, another adapter is active too, or it is merged.
+        ValueError: if no layer has it, it adapts parameters, another adapter is active too, or it is merged.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default", *, in_training_only: bool = False) -> None:
@@ -157,6 +158,11 @@ class LayerGates:
         if not layers:
             raise ValueError(f"No layer of the model has an adapter {adapter_name!r}, so there is none to drop.")
         for name, layer in layers.items():
+            if isinstance(layer, ParamWrapper):
+                raise ValueError(
+                    f"Layer {name!r} adapts a parameter (target_parameters), of which no output without the update is "
+                    "there to be chosen. Drop layers of adapters with target_modules alone."
+                )
             if layer.active_adapters != [adapter_name] or layer.merged:
                 raise ValueError(
                     f"Layer {name!r} has the active adapters {layer.active_adapters} and the merged ones "

@@ -38,7 +38,10 @@ from peft_reslora import ResLoRAConfig
         ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens=\[1, 2\] changes"),
         ({"lora_bias": True}, r"lora_bias=True changes"),
         ({"use_qalora": True}, r"use_qalora=True changes"),
-        ({"target_parameters": ["weight"]}, r"target_parameters=\['weight'\] is not supported.*LoraConfig"),
+        (
+            {"target_parameters": ["weight"], "shortcut": "input"},
+            r"target_parameters=\['weight'\] with shortcut='input', .*choose shortcut='block'",
+        ),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' changes the base weight.*choose one of True"),
         ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' changes the base weight"),
         ({"init_lora_weights": "orthogonal", "shortcut": "middle"}, r"orthogonal.*choose True or 'gaussian'"),

@@ -88,8 +88,9 @@ QUANTIZED = ["bitsandbytes 8-bit", "bitsandbytes 4-bit"]
 
 def message_of(layer: str, block: str, shortcut: str) -> str | None:
     """What a refusal says; None where all is right."""
-    if layer == "fused experts (target_parameters)":
-        return r"target_parameters=\['0.weight', '1.weight'\].*LoraConfig"
+    if layer == "fused experts (target_parameters)" and (block, shortcut) != ("LoRA", "block"):
+        field = {"LoRA": f"shortcut='{shortcut}', .*choose shortcut='block'", "DoRA": "use_dora=True"}
+        return rf"target_parameters=\['0.weight', '1.weight'\] with {field.get(block, 'total_step')}"
     if block == "DoRA" and shortcut != "block":
         return r"use_dora=True with shortcut=.*choose shortcut='block'"
     if layer == "nn.MultiheadAttention":
@@ -148,9 +149,12 @@ def adapted(base: nn.Module, config: ResLoRAConfig) -> PeftModel:
     return model  # in training: in evaluation, bitsandbytes computes in half precision on some processors
 
 
-def product(values: dict[str, torch.Tensor], a: int, b: int, rank: int = 4) -> torch.Tensor:
-    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell, of the first directions."""
+def product(values: dict[str, torch.Tensor], a: int, b: int, rank: int = 4, experts: int = 1) -> torch.Tensor:
+    """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell, of the first directions; or of
+    each expert."""
     A, B = (values.get(f"{n}.lora_{f}.weight", values.get(f"{n}.lora_{f}")) for n, f in ((a, "A"), (b, "B")))
+    if experts > 1:  # A's rows are expert by expert, B's columns direction by direction
+        return torch.stack([B[:, e::experts] @ rows for e, rows in enumerate(A.chunk(experts))])
     E = values.get(f"{b}.lora_E", torch.ones(len(A), 1).to(A))[:, 0]
     groups = len(A) // B.shape[1]
     first = slice(rank // groups)
@@ -163,7 +167,9 @@ def product(values: dict[str, torch.Tensor], a: int, b: int, rank: int = 4) -> t
 
 
 def applied(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What a layer without bias makes of x by this weight `(out, in, ...)`."""
+    """What a layer without bias makes of x by this weight `(out, in, ...)`, or `(experts, out, in)`."""
+    if isinstance(layer, Experts):
+        return torch.einsum("bi,eio->bo", x, weight)
     if isinstance(layer, nn.Embedding):
         return F.one_hot(x, layer.num_embeddings).to(weight) @ weight.T
     if weight.ndim == 2:
@@ -178,7 +184,8 @@ def oracle(base: Net, values: dict[str, torch.Tensor], x: torch.Tensor, cell: tu
     inputs: list[torch.Tensor] = []
 
     def update(a: int, b: int) -> torch.Tensor:
-        return s * product(values, a, b, IN_USE if block == "nested ranks" else 4)
+        experts = len(base[b].weight) if isinstance(base[b], Experts) else 1
+        return s * product(values, a, b, IN_USE if block == "nested ranks" else 4, experts)
 
     def layer(n: int, x: torch.Tensor) -> torch.Tensor:
         own, result = base[n], base[n](x)

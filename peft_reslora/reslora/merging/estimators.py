@@ -33,7 +33,7 @@ from peft_reslora.reslora.chain_table import (
 )
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
-from peft_reslora.shared.fields import refuse_slow_patterns
+from peft_reslora.shared.fields import refuse_slow_patterns, shown
 from peft_reslora.shared.names import PREFIX
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.tensors import widen
@@ -310,8 +310,15 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
     """The blocks in a saved adapter, by the layer's path in the base model.
 
     Raises:
-        ValueError: if one of the two factors of a layer is missing or their shapes do not fit together.
+        ValueError: if one of the two factors of a layer is missing or their shapes do not fit together, or the adapter
+            has parameters among its targets.
     """
+    if config.target_parameters:
+        raise ValueError(
+            f"The adapter has target_parameters={shown(config.target_parameters)}, and only the base model tells "
+            "whose are the factors in its file. Load it onto the base model: describe_chains(model), "
+            "export_lora(model)."
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
         for part in (*FACTOR_KEYS, *EmbeddingBlock.factor_names, SINGULAR_VALUES, "lora_norm", *SHORTCUT_PARTS):
