@@ -89,8 +89,9 @@ QUANTIZED = ["bitsandbytes 8-bit", "bitsandbytes 4-bit"]
 def message_of(layer: str, block: str, shortcut: str) -> str | None:
     """What a refusal says; None where all is right."""
     if layer == "fused experts (target_parameters)" and (block, shortcut) != ("LoRA", "block"):
-        field = {"LoRA": f"shortcut='{shortcut}', .*choose shortcut='block'", "DoRA": "use_dora=True"}
-        return rf"target_parameters=\['0.weight', '1.weight'\] with {field.get(block, 'total_step')}"
+        field = {"DoRA": "use_dora=True", "AdaLoRA": "total_step", "nested ranks": "nested_ranks=True"}
+        of_shortcut = f"shortcut='{shortcut}', .*choose shortcut='block'"
+        return rf"target_parameters=\['0.weight', '1.weight'\] with {field.get(block, of_shortcut)}"
     if block == "DoRA" and shortcut != "block":
         return r"use_dora=True with shortcut=.*choose shortcut='block'"
     if layer == "nn.MultiheadAttention":
