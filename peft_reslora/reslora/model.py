@@ -46,7 +46,7 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
 from peft_reslora.shared.fields import refuse_slow_patterns, shown
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
-from peft_reslora.shared.host import BufferDict, own_parameter
+from peft_reslora.shared.host import BufferDict, own_parameter, parameters_kept
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import refuse_merged
 from peft_reslora.shared.tensors import restore, stored
@@ -115,7 +115,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        with _without_warning_of_groups(target):
+        with _without_warning_of_groups(target), parameters_kept(_rewritten_by_peft(target)):
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
@@ -194,7 +194,9 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             for layer in layers.values():
                 layer.check_mergeable(layer.adapters_to_merge(names), safe_merge)
             own = set() if keep_base_weights else own_memory(self.model)
-            weights = {id(layer): own_parameter(layer.get_base_layer(), "weight") for layer in layers.values()}
+            weights = {
+                id(layer): own_parameter(layer.get_base_layer(), layer.weight_name) for layer in layers.values()
+            }
             in_place = {layer for layer, weight in weights.items() if id(weight) in own}
             if not all(chain.kind.adds_up for chain in chains):  # such a block asks for the weight from before
                 in_place = set()
@@ -339,6 +341,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 restore(held, adapter_name, buffer)
 
         return restore_all
+
+
+def _rewritten_by_peft(target: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters PEFT would replace by others with the same numbers: an attention's (0.21.2)."""
+    return [target, target.out_proj] if isinstance(target, nn.MultiheadAttention) else []
 
 
 @contextmanager

@@ -27,15 +27,15 @@ from peft_reslora.shared.offloading import offload_hook
 _READABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def own_weight(base_layer: nn.Module) -> nn.Parameter:
-    """Give a layer a parameter of its own, with the values of the one that it had, which is returned.
+def own_weight(base_layer: nn.Module, name: str = "weight") -> nn.Parameter:
+    """Give a layer a parameter `name` of its own, with the values of the one that it had, which is returned.
 
     The new one still reads the same memory: a merge has to put another tensor into it, or know of `own_memory`.
     """
-    held: Any = base_layer.weight
+    held: Any = getattr(base_layer, name)
     own = nn.Parameter(held.data, requires_grad=held.requires_grad)
     vars(own).update(vars(held))
-    base_layer.weight = own
+    setattr(base_layer, name, own)
     # What was loaded for the merge only is not to stay on the device for its sake.
     return held if offload_hook(base_layer) is None else nn.Parameter(held.data.cpu(), held.requires_grad)
 
@@ -51,22 +51,22 @@ def _place(parameter: nn.Parameter) -> int:
     return parameter.untyped_storage().data_ptr() if type(parameter) is nn.Parameter else 0
 
 
-def give_back_weight(base_layer: nn.Module, held: nn.Parameter) -> None:
+def give_back_weight(base_layer: nn.Module, held: nn.Parameter, name: str = "weight") -> None:
     """Undo `own_weight`; a layer that was moved or cast meanwhile stays so."""
-    now: Any = base_layer.weight
+    now: Any = getattr(base_layer, name)
     if (held.device, held.dtype) != (now.device, now.dtype):
         held.data = held.data.to(now.device, now.dtype)
-    base_layer.weight = held
+    setattr(base_layer, name, held)
 
 
-def refuse_unwritable(base_layer: nn.Module, layer_name: str) -> None:
-    """Refuse a plain layer whose weight is no parameter, or no plain numbers.
+def refuse_unwritable(base_layer: nn.Module, layer_name: str, name: str = "weight") -> None:
+    """Refuse a plain layer whose weight `name` is no parameter, or no plain numbers.
 
     Raises:
         ValueError: if the weight is computed from other parameters at every use, so that a merge would be lost.
         TypeError: as `refuse_unreadable`.
     """
-    weight = own_parameter(base_layer, "weight")
+    weight = own_parameter(base_layer, name)
     if weight is None:
         raise ValueError(
             f"No adapter can be merged into layer {layer_name!r}, whose weight is computed anew from other tensors "

@@ -165,7 +165,7 @@ def merge_report(
 
 def _restores_weight(layer: ResLoRALayer) -> bool:
     """Whether merging and unmerging leaves the base weight as it was, bit for bit."""
-    weight = own_parameter(layer.get_base_layer(), "weight")
+    weight = own_parameter(layer.get_base_layer(), layer.weight_name)
     return layer.is_plain and weight is not None and weight.is_floating_point() and not weight.is_meta
 
 
