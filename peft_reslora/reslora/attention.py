@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
@@ -44,8 +45,9 @@ def why_not_attention(base: nn.MultiheadAttention, config: ResLoRAConfig) -> str
         )
     if base.q_proj_weight is not None:
         return "whose keys or values have another size than its queries (kdim, vdim), and so weights of their own"
-    weights = own_parameter(base, "in_proj_weight"), own_parameter(base.out_proj, "weight")
-    if not isinstance(base.out_proj, nn.Linear) or not all(map(_is_plain, weights)):
+    out_proj = base.out_proj.get_base_layer() if isinstance(base.out_proj, BaseTunerLayer) else base.out_proj
+    weights = own_parameter(base, "in_proj_weight"), own_parameter(out_proj, "weight")
+    if not isinstance(out_proj, nn.Linear) or not all(map(_is_plain, weights)):
         return "whose weights are quantized, or computed from other tensors"
     if "forward" in vars(base):
         return "in the place of whose forward something has put another, which would compute with its own weights"
