@@ -631,15 +631,22 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
     weight_name = "in_proj_weight"
     fan_in_fan_out = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    @property
+    def out_projection(self) -> Any:
+        """PEFT's layer over out_proj, which holds the blocks of its weight."""
+        base_layer: Any = self.get_base_layer()
+        return base_layer.out_proj
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's, with the updates of the active adapters."""
         self._check_forward_args(None, *args, **kwargs)
         if (adapters := self._running()) is None:
             return self.base_layer(*args, **kwargs)
         attention: Any = self.base_layer
         refuse_wrapped(attention, self.layer_name)
-        weights = (weight_with_updates(layer, adapters, in_own_pass=True) for layer in (self, attention.out_proj))
-        return attend(attention, *weights, args, kwargs)
+        in_proj_weight = weight_with_updates(self, adapters, in_own_pass=True)
+        out_proj_weight = weight_with_updates(self.out_projection, adapters, in_own_pass=True)
+        return attend(attention, in_proj_weight, out_proj_weight, args, kwargs)
 
     def _running(self) -> list[str] | None:
         """The adapters whose updates are to be added; None where the base's weights are as they are to be.
@@ -647,7 +654,7 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
         Raises:
             ValueError: if out_proj has other adapters active.
         """
-        out_proj = self.get_base_layer().out_proj
+        out_proj = self.out_projection
         if self.disable_adapters and (self.merged or out_proj.merged):
             self.unmerge()
         if out_proj.active_adapters != self.active_adapters:
@@ -659,16 +666,16 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
         return None if self.disable_adapters or not names or (self.merged and out_proj.merged) else names
 
     @property
-    def in_proj_weight(self) -> torch.Tensor:  # type: ignore[override]
-        adapters = self._running()
-        if adapters is None:
-            return self.get_base_layer().in_proj_weight
+    def in_proj_weight(self) -> Any:
+        base_layer: Any = self.get_base_layer()
+        if (adapters := self._running()) is None:
+            return base_layer.in_proj_weight
         return weight_with_updates(self, adapters, in_own_pass=False)
 
     @property
     def out_proj(self) -> nn.Module:
-        adapters, layer = self._running(), self.get_base_layer().out_proj
-        if adapters is None:
+        layer = self.out_projection
+        if (adapters := self._running()) is None:
             return layer.get_base_layer()
         return stand_in(layer.get_base_layer(), weight=weight_with_updates(layer, adapters, in_own_pass=False))
 
@@ -689,15 +696,16 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
     def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Of both weights."""
         super().check_mergeable(adapter_names, safe_merge)
-        self.get_base_layer().out_proj.check_mergeable(adapter_names, safe_merge)
+        self.out_projection.check_mergeable(adapter_names, safe_merge)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Into both weights."""
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.get_base_layer().out_proj.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.out_projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _merge_into_base(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        weight = self.get_base_layer().in_proj_weight
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.in_proj_weight
         for name in check_adapters_to_merge(self, adapter_names):
             if (place := self.chain_of(name)) is not None:
                 in_place = id(self) in place[0].in_place
@@ -706,12 +714,13 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
 
     def unmerge(self) -> None:
         """Of both weights."""
-        weight = self.get_base_layer().in_proj_weight
         if self.kept_base or not self.merged:
             super().unmerge()  # says so, where there is nothing to do
-        while self.merged_adapters:  # what no weight was kept of
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.in_proj_weight
+        while self.merged_adapters:  # of which no weight was kept
             weight.data = (weight - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype)
-        self.get_base_layer().out_proj.unmerge()
+        self.out_projection.unmerge()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -719,7 +728,7 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
         """The base layer, without the layer in its out_proj."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base_layer = self.get_base_layer()
+        base_layer: Any = self.get_base_layer()
         base_layer.out_proj = base_layer.out_proj.get_base_layer()
         return base_layer
 
@@ -765,7 +774,7 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
         )
     module.__class__ = _subclass(kind.__name__)
     if isinstance(module, MultiheadAttention):
-        out_proj = module.get_base_layer().out_proj
+        out_proj = module.out_projection
         as_reslora_layer(out_proj, name + OUT_PROJECTION)
         out_proj.__class__ = OutProjection
         out_proj.fan_in_fan_out = False  # whatever the config says of other layers

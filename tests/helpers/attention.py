@@ -52,6 +52,23 @@ class Net(nn.Module):
         return x
 
 
+class OfTorch(nn.Module):
+    """Takes the place of an attention of transformers."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+
+    def forward(self, hidden_states: torch.Tensor, **others: Any) -> tuple[torch.Tensor, None]:
+        return self.attention(hidden_states, hidden_states, hidden_states, need_weights=False)[0], None
+
+
+def with_attention_of_torch(llama: Any) -> nn.Module:
+    for layer in llama.model.layers:
+        layer.self_attn = OfTorch(llama.config.hidden_size, llama.config.num_attention_heads)
+    return llama
+
+
 def encoder(**options: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(SIZE, HEADS, 12, **{"dropout": 0.0, "batch_first": True, **options})
     return nn.TransformerEncoder(layer, 3)

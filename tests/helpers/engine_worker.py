@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.adapters import adapted
+from helpers.attention import with_attention_of_torch
 from helpers.tiny_models import TINY_MODELS
 from torch import nn
 
@@ -29,6 +30,7 @@ CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
 # Other kinds of blocks, each under all engines; AdaLoRA allocates ranks from whole factors and their gradients.
 KINDS = [("block-dora", 1), ("input-adalora", 1), ("block-adalora", 1), ("middle-adalora", 1), ("middle-nested", 1)]
+KINDS += [("block-attention", 1), ("block-attention", -1)]
 KIND_CASES = list(itertools.product(KINDS, CHECKPOINTING))
 CASE_OF_EACH = {
     "ddp": (("middle", -1), "non-reentrant"),
@@ -51,6 +53,7 @@ FIELDS_OF_KIND: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "adalora": {"r": 8, "init_r": 3, "target_r": 1, "total_step": 4},
     "nested": {"nested_ranks": True},
+    "attention": {"target_modules": ["attention", "up_proj", "down_proj"]},
 }
 
 
@@ -61,7 +64,8 @@ def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
     shortcut, _, kind = name.partition("-")
     fields |= FIELDS_OF_KIND[kind]
     config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=shortcut, pre_num=pre_num)
-    model = adapted(TINY_MODELS["llama"].make().double(), config).train()
+    base = TINY_MODELS["llama"].make()
+    model = adapted((with_attention_of_torch(base) if kind == "attention" else base).double(), config).train()
     if kind == "nested":
         set_rank(model, 2, in_training_only=True)
     model.enable_input_require_grads()
