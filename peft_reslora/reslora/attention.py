@@ -26,6 +26,7 @@ from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.factor_sharing import whole_update
 from peft_reslora.reslora.products import autocasts
 from peft_reslora.shared.host import own_parameter, stand_in
+from peft_reslora.shared.offloading import hooked_forward
 from peft_reslora.shared.stamps import check_when_used
 from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
@@ -48,8 +49,8 @@ def why_not_attention(base: nn.MultiheadAttention, config: ResLoRAConfig) -> str
     out_proj = base.out_proj.get_base_layer() if isinstance(base.out_proj, BaseTunerLayer) else base.out_proj
     weights = own_parameter(base, "in_proj_weight"), own_parameter(out_proj, "weight")
     if not isinstance(out_proj, nn.Linear) or not all(map(_is_plain, weights)):
-        return "whose weights are quantized, or computed from other tensors"
-    if "forward" in vars(base):
+        return "whose weights are quantized, sharded, or computed from other tensors"
+    if "forward" in vars(base) and hooked_forward(base, base) is None:
         return "in the place of whose forward something has put another, which would compute with its own weights"
     return None
 
@@ -62,15 +63,15 @@ def refuse_wrapped(attention: nn.Module, layer_name: str) -> None:
     """Refuse an attention for which no stand-in computes.
 
     Raises:
-        RuntimeError: if it is inside a wrapper, or something has put another forward in the place of its own, as
-            accelerate's hooks do.
+        RuntimeError: if it is inside a wrapper, or something other than accelerate has put another forward in the
+            place of its own.
     """
     wrapper = None if isinstance(attention, nn.MultiheadAttention) else type(attention).__name__
-    if wrapper is not None or "forward" in vars(attention):
+    if wrapper is not None or ("forward" in vars(attention) and hooked_forward(attention, attention) is None):
         raise RuntimeError(
             f"The base layer of attention {layer_name!r} is called by {wrapper or 'a forward put in its place'}, "
             "which would compute with its own weights, without the adapter. Wrap the block around it instead, or call "
-            "merge_adapter(); accelerate's hooks (device_map) put a forward in its place."
+            "merge_adapter()."
         )
 
 
@@ -115,6 +116,7 @@ def attend(
         return functional_call(attention, weights, tuple(args), dict(kwargs))
     out_proj = stand_in(attention.out_proj.get_base_layer(), weight=out_proj_weight)
     other = stand_in(attention, in_proj_weight=in_proj_weight, out_proj=out_proj)
+    vars(other).update(hooked_forward(attention, other) or {})
     before = dict(vars(other))
     result = other(*args, **kwargs)
     # What a forward or a hook notes on the module, such as maps of attention, is to be found on the base.

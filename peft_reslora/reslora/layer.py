@@ -43,7 +43,7 @@ from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.quantized import dequantized_weight, keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.shared.stamps import StampedLayer
-from peft_reslora.shared.tensors import restore, stored
+from peft_reslora.shared.tensors import NOT_HERE, is_readable, restore, stored
 
 # PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2), and attention, whose forward is our own. All
 # others (AWQ, AQLM, EETQ, Megatron, TransformerEngine, parameters) would train plain LoRA and are refused.
@@ -694,7 +694,18 @@ class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
         super().update_layer(*args, config=config, **kwargs)
 
     def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Of both weights."""
+        """Of both weights.
+
+        Raises:
+            ValueError, TypeError: as for other layers; also if the weights are offloaded, which accelerate does not
+                load for a module without a forward, as out_proj is.
+        """
+        weights = self.get_base_layer().in_proj_weight, self.out_projection.get_base_layer().weight
+        if adapter_names and not all(map(is_readable, weights)):
+            raise ValueError(
+                f"No adapter can be merged into attention {self.layer_name!r}, whose weights are {NOT_HERE}. Load the "
+                "model onto one device, or into memory, and merge there."
+            )
         super().check_mergeable(adapter_names, safe_merge)
         self.out_projection.check_mergeable(adapter_names, safe_merge)
 

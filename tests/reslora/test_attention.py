@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers.attention import (
     HEADS,
@@ -30,7 +32,7 @@ from helpers.gradients import assert_gradients_close
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.refusals import refuse, state_of
 from helpers.tolerances import FLOAT64, MODEL64
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -252,6 +254,59 @@ def test_a_base_layer_that_was_compiled_itself_has_the_adapter():
     assert relative_error(model(x_of()), expected(base, dense_weights(base, leaves(model)), x_of())) < FLOAT64
 
 
+@pytest.mark.parametrize("targets", [("attn",), ("attn", "mlp.0")], ids=["attention", "a linear layer too"])
+def test_exported_and_traced(targets):
+    base = prepared(Net())
+    model = adapted(base, targets).get_base_model().eval()
+    wanted = expected(base, dense_weights(base, leaves(model)), x_of())
+    for run in (torch.export.export(model, (x_of(),)).module(), torch.jit.trace(model, (x_of(),), check_trace=False)):
+        assert relative_error(run(x_of()), wanted) < FLOAT64
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """As DataParallel makes one on each device: weights are plain tensors there, with a way back to the parameters."""
+    modules = list(model.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        for name, child in module._modules.items():
+            copies[id(module)]._modules[name] = None if child is None else copies[id(child)]
+        for name, parameter in module._parameters.items():
+            setattr(copies[id(module)], name, None if parameter is None else parameter * 1)
+    return copies[id(model)]
+
+
+def test_replicas_have_the_adapter_and_its_gradients():
+    base = prepared(Net())
+    model = adapted(base)
+    values = leaves(model)
+    actual, wanted = replica_of(model)(x_of()), expected(base, dense_weights(base, values), x_of())
+    assert relative_error(actual, wanted) < FLOAT64
+    assert_gradients_close(gradients_of(actual, trained(model)), gradients_of(wanted, values))
+
+
+class Decoder(nn.TransformerDecoder):
+    def __init__(self) -> None:
+        super().__init__(nn.TransformerDecoderLayer(SIZE, HEADS, 12, 0.0, batch_first=True), 3)
+
+
+def test_the_two_attentions_of_a_decoder_have_chains_of_their_own():
+    base = prepared(Decoder())
+    model = adapted(base, ("self_attn", "multihead_attn"))
+    values, memory = leaves(model), x_of(3, 4)
+    actual, wanted = model(x_of(), memory), expected(base, dense_weights(base, values), x_of(), memory)
+    assert len(values) == 24
+    assert relative_error(actual, wanted) < FLOAT64
+    assert_gradients_close(gradients_of(actual, trained(model)), gradients_of(wanted, values))
+    assert relative_error(model.eval()(x_of(), memory), wanted) < FLOAT64
+
+
+def test_the_first_pass_of_training_names_no_layer():
+    model = adapted(prepared(Net()), ("attn", "mlp.0")).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x_of()).sum().backward()
+
+
 def test_hooks_on_the_base_layer_run():
     base = prepared(Net())
     model = adapted(base)
@@ -262,6 +317,28 @@ def test_hooks_on_the_base_layer_run():
             module.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     assert relative_error(model(x_of()), wanted) < FLOAT64
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before injection", "after it"])
+def test_hooks_of_accelerate_that_move_inputs_run_around_the_sums(first):
+    """As a `device_map` over several devices puts them on all modules."""
+    base = prepared(Net())
+    hook = {"execution_device": torch.device("cpu"), "io_same_device": True}
+    if first:
+        for module in base.modules():
+            add_hook_to_module(module, AlignDevicesHook(**hook))
+    model = adapted(base)
+    if not first:
+        for module in model.modules():
+            add_hook_to_module(module, AlignDevicesHook(**hook))
+    values = leaves(model)
+    actual, wanted = model(x_of()), expected(prepared(Net()), dense_weights(prepared(Net()), values), x_of())
+    assert relative_error(actual, wanted) < FLOAT64
+    assert_gradients_close(gradients_of(actual, trained(model)), gradients_of(wanted, values))
+    with model.disable_adapter():
+        assert relative_error(model(x_of()), prepared(Net())(x_of())) < FLOAT64
+    model.merge_adapter()
+    assert relative_error(model(x_of()), wanted) < FLOAT64
 
 
 def test_threads_see_the_base_weights_as_they_are():
@@ -429,6 +506,14 @@ def test_a_broken_merge_is_refused_before_either_weight_is_changed(layer, value)
             assert torch.equal(p, held[name]) or value != value
 
 
+def test_merges_into_offloaded_weights_are_refused():
+    """accelerate loads no weight for a module that nobody calls, as out_proj."""
+    model = adapted(prepared(Net()))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for act in (model.merge_adapter, model.merge_and_unload):
+        refuse(model, r"into attention 'layers\.0\.attn', whose weights are sharded or offloaded", act)
+
+
 def test_saved_under_the_keys_of_peft_and_loaded(tmp_path):
     base = prepared(Net())
     model = adapted(base, ("attn", "mlp.0"))
@@ -507,6 +592,8 @@ def test_the_other_tools_know_both_weights():
     attn = model.get_base_model().layers[1].attn
     assert not attn.supports_lora_conversion()
     assert not attn.base_layer.out_proj.supports_lora_conversion()
+    with pytest.raises(TypeError, match="MultiheadAttention"):
+        convert_to_lora(model, rank=4)
     for refused in (check_restartable, LayerGates):
         with pytest.raises(ValueError, match=r"ayer (base_model\.model\.)?layers\.0\.attn|'base_model.*attn'"):
             refused(model)
@@ -561,8 +648,10 @@ def quantized() -> nn.Module:
     return attention
 
 
-def hooked() -> nn.Module:
-    return add_hook_to_module(nn.MultiheadAttention(SIZE, HEADS), AlignDevicesHook(execution_device="cpu"))
+def replaced() -> nn.Module:
+    attention = nn.MultiheadAttention(SIZE, HEADS)
+    attention.forward = functools.partial(type(attention).forward, attention)
+    return attention
 
 
 @pytest.mark.parametrize(
@@ -571,9 +660,9 @@ def hooked() -> nn.Module:
         (Wide, "another size than its queries"),
         (lambda: parametrizations.spectral_norm(nn.MultiheadAttention(SIZE, HEADS), "in_proj_weight"), "computed"),
         (quantized, "quantized"),
-        (hooked, "in the place of whose forward"),
+        (replaced, "in the place of whose forward"),
     ],
-    ids=["other sizes", "computed", "quantized", "hooked"],
+    ids=["other sizes", "computed", "quantized", "replaced"],
 )
 def test_attention_that_cannot_have_a_stand_in_is_refused(make, message):
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "attn": make()})
@@ -586,7 +675,9 @@ def test_attention_that_cannot_have_a_stand_in_is_refused(make, message):
 
 def test_what_is_put_around_or_into_the_base_layer_later_is_refused_in_the_forward():
     for change in (
-        lambda attn: add_hook_to_module(attn.base_layer, AlignDevicesHook(execution_device="cpu")),
+        lambda attn: setattr(
+            attn.base_layer, "forward", functools.partial(type(attn.base_layer).forward, attn.base_layer)
+        ),
         lambda attn: setattr(attn, "base_layer", checkpoint_wrapper(attn.base_layer)),
     ):
         model = adapted(prepared(Net()))
