@@ -40,6 +40,7 @@ from torch.nn.utils import parametrizations
 
 from peft_reslora import ResLoRAConfig, describe_chains, export_lora, export_lora_from_files, merge_report
 from peft_reslora.optim import factor_pairs
+from peft_reslora.reslora.merging.plan import merges_from_state_dict
 from peft_reslora.training import LayerGates
 from peft_reslora.training.restartable import check_restartable
 
@@ -559,6 +560,27 @@ def test_what_another_loader_leaves_of_out_proj_is_checked_when_it_is_first_used
     assert not model.load_state_dict(named, strict=False).unexpected_keys
     with pytest.raises(RuntimeError, match=r"layers\.1\.attn\.base_layer\.out_proj.*is not what was saved"):
         model(x_of())
+
+
+def test_patterns_name_the_attention_for_both_weights(tmp_path):
+    base = prepared(Net())
+    patterns = {"rank_pattern": {"layers.1.attn": 4}, "alpha_pattern": {"layers.2.attn": 5}}
+    model = adapted(base, **patterns, use_rslora=True)
+    scalings = [3 / 2**0.5, 3 / 4**0.5, 5 / 2**0.5]
+    values = {
+        name: value * scalings[int(name.split(".")[1])] if name.endswith("lora_B") else value
+        for name, value in leaves(model).items()
+    }
+    wanted = expected(base, dense_weights(base, values, scaling=1.0), x_of())
+    assert relative_error(model(x_of()), wanted) < FLOAT64
+    model.save_pretrained(tmp_path)
+    config = ResLoRAConfig.from_pretrained(tmp_path)
+    places = merges_from_state_dict(config, load_file(tmp_path / "adapter_model.safetensors"))
+    assert {len(merge.blocks) for merge, _ in places.values()} == {3}
+    for name, (merge, position) in places.items():
+        A, B = merge.factors(position)
+        layer = model.get_base_model().get_submodule(name)
+        assert relative_error(B @ A, layer.get_delta_weight("default")) < FLOAT64
 
 
 def test_an_attention_between_that_is_not_targeted_ends_both_chains():
