@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_reslora.export.forms import form_of
+from peft_reslora.export.forms import NO_ATTENTION, form_of
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.shared.host import CONVOLUTIONS, Convolution
 from peft_reslora.shared.tensors import NOT_HERE, is_readable, widen
@@ -266,7 +266,9 @@ def _refuse_other_than_linear(layer: BaseTunerLayer) -> None:
         raise ValueError("it adapts a parameter (target_parameters) and not a linear layer; use merge_and_unload()")
     lora = isinstance(layer, (LoraLayer, GivesFactors))
     grouped = isinstance(base, Convolution) and base.groups > 1 and not isinstance(layer, LoraLayer)
-    if isinstance(base, nn.MultiheadAttention) or grouped or (isinstance(base, nn.Embedding) and not lora):
+    if isinstance(base, nn.MultiheadAttention):
+        raise ValueError(f"{NO_ATTENTION}. Train without it, or use merge_and_unload()")
+    if grouped or (isinstance(base, nn.Embedding) and not lora):
         kind = f"{type(base).__name__}{' in groups' if grouped else ''}"
         raise ValueError(
             f"its base layer is {kind}, of which {_class_name(layer)} is not exported; train without it, or use "

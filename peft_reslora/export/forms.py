@@ -109,6 +109,10 @@ class ParameterForm(Form):
 
 
 LINEAR = Form()
+NO_ATTENTION = (
+    "its base layer is an attention with weights in place of layers, to whose out_proj PEFT's LoRA adds the update "
+    "twice (0.21.2), so that no LoRA is the same in all of its versions"
+)
 EMBEDDING = Form(("lora_embedding_A", "lora_embedding_B"))
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.export.base import config_of_base, fitting_bases
 from peft_reslora.export.checkpoint import DORA_PART
+from peft_reslora.export.forms import NO_ATTENTION
 from peft_reslora.export.source import MERGE_INSTEAD, is_dora, refuse_config
 from peft_reslora.export.targets import endings_of, linear_shape
 from peft_reslora.mora import MoRAConfig
@@ -24,7 +25,7 @@ from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, blocks_from_state_dict, chains_of_blocks
 from peft_reslora.shared import fields
 from peft_reslora.shared.files import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors, seal_of
-from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.names import OUT_PROJECTION, PREFIX, bare_name
 from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.stamps import fault_against
 
@@ -119,7 +120,11 @@ def _by_layer(
         if part is None:
             others.append(key)
             continue
-        found = layers.setdefault(bare_name(key.removeprefix(PREFIX).removesuffix(f".{part}")), {})
+        name = bare_name(key.removeprefix(PREFIX).removesuffix(f".{part}"))
+        if name.endswith(OUT_PROJECTION):
+            layer = name.removesuffix(OUT_PROJECTION)
+            raise ValueError(f"Adapter {adapter_name!r}, layer {layer!r}: {NO_ATTENTION}. {MERGE_INSTEAD}")
+        found = layers.setdefault(name, {})
         if part in found:
             raise ValueError(f"Adapter {adapter_name!r} holds the tensor {key} twice, under two names of one layer.")
         found[part] = tensor

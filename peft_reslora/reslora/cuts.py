@@ -29,7 +29,7 @@ from peft_reslora.reslora.chain_table import (
 from peft_reslora.reslora.config import AUTO, BY_NUMBER, ResLoRAConfig
 from peft_reslora.reslora.target_parameters import parameters_beside
 from peft_reslora.shared.host import Convolution, in_out_features
-from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.names import OUT_PROJECTION, PREFIX, bare_name
 
 # Lists of such names hold what works side by side, on one input or each on its own: output heads, embeddings of boxes
 # and classes, projections and mergers of several inputs. An nn.Sequential of such a name runs one after the other.
@@ -131,7 +131,15 @@ def _linear_layers(modules: Mapping[str, nn.Module]) -> Iterator[Target]:
         if (shape := _shape_of(module)) is not None:
             # PEFT's wrappers of modules that are trained whole keep the original under this name.
             bare = ".".join(part for part in parts if part != "original_module")
-            yield target_of(bare, module, shape, rank=0)
+            yield from targets_of(bare, module, shape, rank=0)
+
+
+def targets_of(name: str, base_layer: nn.Module, shape: tuple[int, int], rank: int) -> list[Target]:
+    """`target_of`, and of an attention, whose out_proj has blocks of its own, that one too."""
+    found = [target_of(name, base_layer, shape, rank)]
+    if isinstance(base_layer, nn.MultiheadAttention):
+        found.append(Target(name + OUT_PROJECTION, base_layer.embed_dim, base_layer.embed_dim, rank))
+    return found
 
 
 def target_of(name: str, base_layer: nn.Module, shape: tuple[int, int], rank: int) -> Target:
@@ -144,6 +152,8 @@ def target_of(name: str, base_layer: nn.Module, shape: tuple[int, int], rank: in
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Convolution):
         return module.in_channels, module.out_channels
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
     if isinstance(module, nn.Linear | Conv1D) or hasattr(module, "infeatures"):
         in_features, out_features = in_out_features(module)  # private in PEFT, read in 0.21.2
     else:

@@ -20,6 +20,7 @@ from peft_reslora.reslora.blocks.linear import Factors, LinearBlock, Term, reada
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.sums import whole_update_is_cheaper
 from peft_reslora.shared.host import is_bare, is_tensor_parallel, is_transformed
+from peft_reslora.shared.tensors import widen
 
 _ADVICE = "Use shortcut='input' or 'middle', or exclude the LoRA modules from sharding and offloading."
 
@@ -114,6 +115,25 @@ def summed_update(chain: Chain, position: int, device: torch.device) -> torch.Te
         return torch.addmm(before.to(device), B * chain.block(position).scaling, A)
 
     return chain.relay.total(position, start, extend)
+
+
+def whole_update(chain: Chain, position: int, device: torch.device, *, in_own_pass: bool) -> torch.Tensor:
+    """U `(out_features, in_features)`, the sum of the s_k B_k A_k of this layer and of those that feed it (Eq. 3), for
+    layers in which no x is multiplied by it. In float32 at least: it is rounded once, with what it is added to.
+
+    Args:
+        in_own_pass: the layer itself runs; another that only looks hands nothing on.
+    """
+    block = chain.block(position)
+    way = way_to_factors(chain, position, block.weights[0])
+    if way is Way.CALLED:
+        (_, columns), (rows, _) = block.shapes
+        identity = torch.eye(columns, dtype=block.weights[0].dtype, device=device)
+        return add_by_calls(chain, position, identity, identity.new_zeros(columns, rows)).t()
+    way = Way.HANDED if way is Way.HANDED and in_own_pass else Way.READ
+    found = terms(chain, position, way, device)
+    A, B = torch.cat([widen(A) for A, _, _ in found]), torch.cat([widen(B) * s for _, B, s in found], dim=1)
+    return block.delta(A, B)
 
 
 def _sums_updates(chain: Chain, position: int, x: torch.Tensor, folded: bool) -> bool:

@@ -22,9 +22,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
+from peft_reslora.reslora.attention import attend, refuse_wrapped, weight_with_updates
 from peft_reslora.reslora.blocks import PARAMETER_NAMES, LinearBlock
 from peft_reslora.reslora.blocks.convolution import gather
 from peft_reslora.reslora.blocks.embedding import EmbeddingBlock
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.linked_chain import Chain
 from peft_reslora.reslora.merging.estimators import SHORTCUT_PARTS, UNRECORDED, factor_sketch
 from peft_reslora.reslora.products import HALVES
@@ -36,21 +38,23 @@ from peft_reslora.shared.base_weights import (
     refuse_overflow,
     refuse_unwritable,
 )
-from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, unseen_by_modes
+from peft_reslora.shared.host import BufferDict, is_transformed, own_parameter, stand_in, unseen_by_modes
+from peft_reslora.shared.names import OUT_PROJECTION
 from peft_reslora.shared.offloading import held_tensor, onloaded
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.quantized import dequantized_weight, keep_bias, kept_copy, put_back, refuse_repacked
 from peft_reslora.shared.stamps import StampedLayer
-from peft_reslora.shared.tensors import restore, stored
+from peft_reslora.shared.tensors import NOT_HERE, is_readable, restore, stored
 
-# PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2). All others (AWQ, AQLM, EETQ, Megatron,
-# TransformerEngine, attention, parameters) would train plain LoRA and are refused.
+# PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2), and attention, whose forward is our own. All
+# others (AWQ, AQLM, EETQ, Megatron, TransformerEngine, parameters) would train plain LoRA and are refused.
 _VARIANT_AWARE = {
     "Linear": "peft.tuners.lora.layer",
     "Conv1d": "peft.tuners.lora.layer",
     "Conv2d": "peft.tuners.lora.layer",
     "Conv3d": "peft.tuners.lora.layer",
     "Embedding": "peft.tuners.lora.layer",
+    "MultiheadAttention": "peft.tuners.lora.layer",
     "Linear8bitLt": "peft.tuners.lora.bnb",
     "Linear4bit": "peft.tuners.lora.bnb",
     "GPTQLoraLinear": "peft.tuners.lora.gptq",
@@ -611,6 +615,160 @@ class Embedding(ResLoRALayer, lora.layer.Embedding):
         return False  # of linear layers only
 
 
+class OutProjection(Linear):
+    """The blocks of an attention's out_proj.weight, which the attention adds to it; nothing else asks this layer."""
+
+    def weight_name(self, name: str) -> str:
+        return super().weight_name(name.removesuffix(OUT_PROJECTION) + ".out_proj")
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the weight that it has now."""
+        return self.base_layer(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT, whose loops over all layers come by again when the attention has seen to it."""
+        if self.adapters_to_merge(adapter_names):
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        if self.merged:
+            super().unmerge()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class MultiheadAttention(ResLoRALayer, lora.layer.MultiheadAttention):
+    """`nn.MultiheadAttention` with shortcut 'block': the base's own forward, with W + U in place of W (Eq. 3).
+
+    PEFT's (0.21.2) writes the updates into the base's weights in each forward pass and takes them out again, that of
+    out_proj twice. Nothing is written here (`attention.py`). Whoever reads `in_proj_weight` and `out_proj` past the
+    forward, as torch's fast path of a TransformerEncoderLayer does, reads W + U as well.
+    """
+
+    is_plain = True
+    parameter_name = "in_proj_weight"
+    fan_in_fan_out = False
+
+    @property
+    def out_projection(self) -> Any:
+        """PEFT's layer over out_proj, which holds the blocks of its weight."""
+        base_layer: Any = self.get_base_layer()
+        return base_layer.out_proj
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's, with the updates of the active adapters."""
+        self._check_forward_args(None, *args, **kwargs)
+        if (adapters := self._running()) is None:
+            return self.base_layer(*args, **kwargs)
+        attention: Any = self.base_layer
+        refuse_wrapped(attention, self.layer_name)
+        in_proj_weight = weight_with_updates(self, adapters, in_own_pass=True)
+        out_proj_weight = weight_with_updates(self.out_projection, adapters, in_own_pass=True)
+        return attend(attention, in_proj_weight, out_proj_weight, args, kwargs)
+
+    def _running(self) -> list[str] | None:
+        """The adapters whose updates are to be added; None where the base's weights are as they are to be.
+
+        Raises:
+            ValueError: if out_proj has other adapters active.
+        """
+        out_proj = self.out_projection
+        if self.disable_adapters and (self.merged or out_proj.merged):
+            self.unmerge()
+        if out_proj.active_adapters != self.active_adapters:
+            raise ValueError(
+                f"Attention {self.layer_name!r} has the active adapters {self.active_adapters}, and its out_proj "
+                f"{out_proj.active_adapters}: set them on the model (set_adapter), or on both."
+            )
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return None if self.disable_adapters or not names or (self.merged and out_proj.merged) else names
+
+    @property
+    def in_proj_weight(self) -> Any:
+        base_layer: Any = self.get_base_layer()
+        if (adapters := self._running()) is None:
+            return base_layer.in_proj_weight
+        return weight_with_updates(self, adapters, in_own_pass=False)
+
+    @property
+    def out_proj(self) -> nn.Module:
+        layer = self.out_projection
+        if (adapters := self._running()) is None:
+            return layer.get_base_layer()
+        return stand_in(layer.get_base_layer(), weight=weight_with_updates(layer, adapters, in_own_pass=False))
+
+    def update_layer(self, *args: Any, config: Any, **kwargs: Any) -> None:
+        """As in PEFT, for both weights.
+
+        Raises:
+            ValueError: for an adapter of another method, which the two weights would get from PEFT otherwise.
+        """
+        if not isinstance(config, ResLoRAConfig):
+            raise ValueError(
+                f"Attention {self.layer_name!r} has an adapter of ResLoRA, and one of {type(config).__name__} cannot "
+                "be added there: PEFT's LoRA (0.21.2) would write into the weights in each forward pass. Use "
+                "ResLoRAConfig, or two copies of the model."
+            )
+        super().update_layer(*args, config=config, **kwargs)
+
+    def check_mergeable(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Of both weights.
+
+        Raises:
+            ValueError, TypeError: as for other layers; also if the weights are offloaded, which accelerate does not
+                load for a module without a forward, as out_proj is.
+        """
+        weights = self.get_base_layer().in_proj_weight, self.out_projection.get_base_layer().weight
+        if adapter_names and not all(map(is_readable, weights)):
+            raise ValueError(
+                f"No adapter can be merged into attention {self.layer_name!r}, whose weights are {NOT_HERE}. Load the "
+                "model onto one device, or into memory, and merge there."
+            )
+        super().check_mergeable(adapter_names, safe_merge)
+        self.out_projection.check_mergeable(adapter_names, safe_merge)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Into both weights."""
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.out_projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _merge_into_base(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.in_proj_weight
+        for name in check_adapters_to_merge(self, adapter_names):
+            if (place := self.chain_of(name)) is not None:
+                in_place = id(self) in place[0].in_place
+                weight.data = self.add_delta_weight(weight.data, name, in_place)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Of both weights."""
+        if self.kept_base or not self.merged:
+            super().unmerge()  # says so, where there is nothing to do
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.in_proj_weight
+        while self.merged_adapters:  # of which no weight was kept
+            weight.data = (weight - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype)
+        self.out_projection.unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        """The base layer, without the layer in its out_proj."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base_layer: Any = self.get_base_layer()
+        base_layer.out_proj = base_layer.out_proj.get_base_layer()
+        return base_layer
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # of linear layers only
+
+    def _restore_weights(self) -> None:
+        """PEFT puts new parameters in the place of those that its forward takes out; this one takes out none."""
+
+
 def _subclass(name: str) -> type[ResLoRALayer]:
     """The ResLoRA layer for PEFT's layer class `name`."""
     if name not in globals():
@@ -645,6 +803,11 @@ def as_reslora_layer(module: nn.Module, name: str) -> None:
             "exclude_modules, or use LoraConfig."
         )
     become(module, _subclass(kind.__name__))
+    if isinstance(module, MultiheadAttention):
+        out_proj = module.out_projection
+        as_reslora_layer(out_proj, name + OUT_PROJECTION)
+        out_proj.__class__ = OutProjection
+        out_proj.fan_in_fan_out = False  # whatever the config says of other layers
 
 
 def become(module: nn.Module, kind: type[ResLoRALayer]) -> None:

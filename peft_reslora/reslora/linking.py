@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from peft_reslora.reslora.attention import why_not_attention
 from peft_reslora.reslora.chain_table import ChainTable, Target, chain_settings, find_chains, shortest_cuts
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import (
@@ -25,6 +26,7 @@ from peft_reslora.reslora.cuts import (
     refuse_moved_rows,
     replace_cuts,
     target_of,
+    targets_of,
 )
 from peft_reslora.reslora.layer import ResLoRALayer
 from peft_reslora.reslora.linked_chain import Chain
@@ -38,7 +40,12 @@ from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
 # PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
-_REFUSED_BASE_LAYERS = (nn.Embedding, Convolution, nn.MultiheadAttention)
+_REFUSED_BASE_LAYERS = (nn.Embedding, Convolution)
+_OTHER_BLOCKS = {
+    "use_dora": "DoRA (use_dora)",
+    "total_step": "AdaLoRA (total_step)",
+    "nested_ranks": "nested ranks (nested_ranks)",
+}
 
 
 def chains_of(model: nn.Module, adapter_name: str) -> list[Chain]:
@@ -224,7 +231,7 @@ def _targets_among(model: nn.Module, config: ResLoRAConfig, layers: Mapping[str,
         rank = by_pattern(config.rank_pattern, name, config.r)
         if fault := oversized(rank, in_features, out_features) or _ungrouped(_base_of(layer), rank):
             raise ValueError(f"ResLoRA cannot adapt layer {name!r}: {fault}. Change r or its entry in rank_pattern.")
-        targets.append(target_of(bare_name(name, model), _base_of(layer), (in_features, out_features), rank))
+        targets += targets_of(bare_name(name, model), _base_of(layer), (in_features, out_features), rank)
     return [*targets, *parameter_targets(model, config)]
 
 
@@ -265,10 +272,7 @@ def find_target_layers(
         if isinstance(base, nn.Embedding):
             return _why_not_embedding(base, config)
         if isinstance(base, nn.MultiheadAttention):
-            return (
-                "which is no linear layer: PEFT's LoRA adds its update to the weights in every forward pass, and "
-                "subtracts it again, which rounds them. Use LoraConfig for it, or attention with linear projections"
-            )
+            return _why_not_attention(layer, config)
         with warnings.catch_warnings():  # of a type that PEFT does not know
             warnings.simplefilter("ignore")
             known = not isinstance(base, _REFUSED_BASE_LAYERS) and in_out_features(base) != (None, None)
@@ -292,6 +296,14 @@ def _why_not_embedding(base: nn.Embedding, config: ResLoRAConfig) -> str | None:
     if type(base).forward is not nn.Embedding.forward or base.max_norm is not None:
         return "which is no linear layer and computes more than its weight's rows"
     return None
+
+
+def _why_not_attention(layer: nn.Module, config: ResLoRAConfig) -> str | None:
+    if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ResLoRALayer):
+        return "which has an adapter of PEFT's, whose forward writes into the weights (0.21.2)"
+    if other := [words for field, words in _OTHER_BLOCKS.items() if getattr(config, field)]:
+        return f"an attention, which has no blocks of {other[0]} here; train it without, in an adapter of its own"
+    return why_not_attention(_base_of(layer), config)  # type: ignore[arg-type]
 
 
 def _base_of(layer: nn.Module) -> nn.Module:

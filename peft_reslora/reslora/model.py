@@ -48,7 +48,7 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
 from peft_reslora.shared.fields import refuse_slow_patterns, shown
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
-from peft_reslora.shared.host import BufferDict, own_parameter
+from peft_reslora.shared.host import BufferDict, own_parameter, parameters_kept
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import refuse_merged
 from peft_reslora.shared.tensors import restore, stored
@@ -117,7 +117,7 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        with _without_warning_of_groups(target):
+        with _without_warning_of_groups(target), parameters_kept(_rewritten_by_peft(target)):
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
@@ -346,6 +346,11 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
                 restore(held, adapter_name, buffer)
 
         return restore_all
+
+
+def _rewritten_by_peft(target: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters PEFT would replace by others with the same numbers: an attention's (0.21.2)."""
+    return [target, target.out_proj] if isinstance(target, nn.MultiheadAttention) else []
 
 
 @contextmanager

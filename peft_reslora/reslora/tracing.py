@@ -20,7 +20,7 @@ from torch import nn
 from peft_reslora.reslora.chain_table import ChainTable, Target, reach
 from peft_reslora.reslora.merging.observe import to_device
 from peft_reslora.shared.host import is_from_function, set_adapters_off
-from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.names import OUT_PROJECTION, PREFIX, bare_name
 
 
 @dataclass
@@ -60,7 +60,11 @@ class _Tracer:
             calls.depends_on = self._givers_of(x.grad_fn)
 
     def leave(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
-        if not (isinstance(output, torch.Tensor) and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
+            return output
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):  # of an attention
+            return self.leave(index, module, args, output[0]), *output[1:]
+        if not isinstance(output, torch.Tensor):
             return output
         return _Mark.apply(torch.empty(0, device=output.device, requires_grad=True), output, index)
 
@@ -86,7 +90,7 @@ def findings(model: nn.Module, table: ChainTable, batch: Mapping[str, Any]) -> t
     """What a forward pass on `batch` shows that `table` does not: one line for each thing to know."""
     targets = [target for chain in table.chains for target in chain]
     modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
-    called = [modules.get(t.name) or modules[t.name.rpartition(".")[0]] for t in targets]  # of a parameter, its module
+    called = [_called(target.name, modules) for target in targets]
     calls = dict(zip(targets, _trace(model, called, batch), strict=True))
     index = {target: n for n, target in enumerate(targets)}
     lines: list[str] = []
@@ -95,6 +99,13 @@ def findings(model: nn.Module, table: ChainTable, batch: Mapping[str, Any]) -> t
             where = f"{role.name} ({chain[0].name})" if len(role.chains) > 1 else role.name
             lines += [f"{where}: {text}" for text in _seen_in(chain, calls, index, table.pre_num)]
     return tuple(lines)
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module whose calls show those of a layer: itself, the attention whose out_proj it is, or the module that
+    holds a parameter."""
+    name = name.removesuffix(OUT_PROJECTION)
+    return modules[name] if name in modules else modules[name.rpartition(".")[0]]
 
 
 def _trace(model: nn.Module, layers: Sequence[nn.Module], batch: Mapping[str, Any]) -> list[Calls]:

@@ -8,8 +8,8 @@ frames that run. The private hooks of PEFT that the tuners override stand at the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
 
@@ -133,6 +133,30 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def own_tensor_names(module: nn.Module) -> list[str]:
     """The names of the parameters and buffers that a module holds itself, those that are None included."""
     return [*module._parameters, *module._buffers]
+
+
+@contextmanager
+def parameters_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules hold at the end the very parameters, in their order, that they held at the beginning.
+
+    PEFT's layer over `nn.MultiheadAttention` puts new ones in their place whenever its modules are listed (0.21.2).
+    """
+    before = [dict(module._parameters) for module in modules]
+    try:
+        yield
+    finally:
+        for module, parameters in zip(modules, before, strict=True):
+            module._parameters.clear()
+            module._parameters.update(parameters)
+
+
+def stand_in(module: Any, **attributes: Any) -> Any:
+    """An object of the module's class that shares everything with it but these attributes; not what `compile()` made
+    of a call of the module itself. torch 2.6 to 2.13.
+    """
+    other = object.__new__(type(module))
+    vars(other).update(vars(module), _compiled_call_impl=None, **attributes)
+    return other
 
 
 def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -287,6 +311,7 @@ OVERRIDDEN_HOOKS = frozenset(
         "_add_modules_to_save_to_tie",
         "_apply",
         "_cast_input_dtype",
+        "_check_forward_args",
         "_create_and_replace",
         "_enable_peft_forward_hooks",
         "_get_adapter_state_dict",
@@ -296,6 +321,7 @@ OVERRIDDEN_HOOKS = frozenset(
         "_remap_adapter_state_dict_for_load",
         "_remove_adapter_name_from_key",
         "_replace_module",
+        "_restore_weights",
         "_unload_and_optionally_merge",
     }
 )

@@ -11,6 +11,7 @@ from torch import nn
 from peft_reslora.shared.host import children_by_name
 
 PREFIX = "base_model.model."  # which PeftModel puts before the names of the bare model
+OUT_PROJECTION = ".base_layer.out_proj"  # of an adapted attention: where PEFT keeps the blocks of its second weight
 # These no model uses for itself: torch.compile's, torch's checkpoint_wrapper's, FSDP1's and fairscale's.
 _MARKS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
 # These keep what they wrap as `module`, which is a name like another; so the class has to say it.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,6 +32,17 @@ def held_tensor(module: nn.Module, name: str) -> torch.Tensor:
     hook = offload_hook(module) if tensor.is_meta else None
     value = None if hook is None or hook.weights_map is None else hook.weights_map[name]
     return tensor if value is None else value.detach()
+
+
+def hooked_forward(module: nn.Module, other: nn.Module) -> dict[str, Any] | None:
+    """The attributes by which the hook on a module runs around the forward of another, which shares its attributes;
+    None if it is not accelerate that has put a forward in the place of the module's own (`add_hook_to_module`).
+    """
+    forward, own = vars(module).get("forward"), vars(module).get("_old_forward")
+    ours = isinstance(forward, partial) and forward.args == (module,) and getattr(own, "__self__", None) is module
+    if not ours or "_hf_hook" not in vars(module):
+        return None
+    return {"forward": partial(forward.func, other), "_old_forward": MethodType(own.__func__, other)}
 
 
 @contextmanager

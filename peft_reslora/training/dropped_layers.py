@@ -169,6 +169,12 @@ class LayerGates:
                     f"{layer.merged_adapters}: only {adapter_name!r} may be active, and none merged, where "
                     "updates are to be dropped. Call set_adapter, unmerge_adapter."
                 )
+            if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+                raise ValueError(
+                    f"Layer {name!r} is an attention, to whose weights the update is added: its base layer has no "
+                    "output of its own to take in the place of the whole. Leave it out with exclude_modules, or train "
+                    "without dropped layers."
+                )
         self.names = list(layers)
         self._layers: list[Any] = list(layers.values())
         self._gates = [_Gate(in_training_only) for _ in layers]

@@ -81,7 +81,7 @@ def test_middle_with_unequal_ranks_is_refused_before_the_model_is_changed():
     [
         (nn.Embedding(5, 4, max_norm=1.0), "Embedding"),
         (nn.ConvTranspose2d(3, 4, 1), "ConvTranspose2d"),
-        (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (nn.Bilinear(4, 4, 2), "Bilinear"),
     ],
 )
 def test_layers_that_would_train_plain_lora_are_refused_before_the_model_is_changed(layer, kind):

@@ -117,7 +117,8 @@ def test_engine_trains_as_one_process(run_engine, engine, tuner, checkpointing):
 @pytest.mark.parametrize("engine", by_engine("kinds", LABELS))
 @pytest.mark.parametrize(("tuner", "checkpointing"), KIND_CASES)
 def test_other_kinds_of_blocks_train_or_are_refused(run_engine, engine, tuner, checkpointing):
-    """DoRA, a rank in use of an adapter with nested ranks, and AdaLoRA, whose ranks need all gradients to allocate."""
+    """DoRA, a rank in use of an adapter with nested ranks, AdaLoRA, whose ranks need all gradients to allocate, and
+    attention, to whose weights the update is added."""
     result = run_engine(f"{engine}-kinds")[case_id(tuner, checkpointing)]
     if tuner[0].endswith("adalora") and engine != "ddp":
         assert isinstance(result, str)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.adapters import adapted
+from helpers.attention import with_attention_of_torch
 from helpers.experts import TARGETS, mixture
 from helpers.tiny_models import TINY_MODELS
 from torch import nn
@@ -30,7 +31,7 @@ CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
 # Other kinds of blocks, each under all engines; AdaLoRA allocates ranks from whole factors and their gradients.
 KINDS = [("block-dora", 1), ("input-adalora", 1), ("block-adalora", 1), ("middle-adalora", 1), ("middle-nested", 1)]
-KINDS += [("block-experts", 1), ("block-experts", -1)]
+KINDS += [("block-experts", 1), ("block-experts", -1), ("block-attention", 1), ("block-attention", -1)]
 KIND_CASES = list(itertools.product(KINDS, CHECKPOINTING))
 CASE_OF_EACH = {
     "ddp": (("middle", -1), "non-reentrant"),
@@ -54,6 +55,7 @@ FIELDS_OF_KIND: dict[str, dict[str, Any]] = {
     "adalora": {"r": 8, "init_r": 3, "target_r": 1, "total_step": 4},
     "nested": {"nested_ranks": True},
     "experts": TARGETS,
+    "attention": {"target_modules": ["attention", "up_proj", "down_proj"]},
 }
 
 
@@ -64,8 +66,8 @@ def build(tuner: tuple[str, int], checkpointing: str) -> nn.Module:
     shortcut, _, kind = name.partition("-")
     fields |= FIELDS_OF_KIND[kind]
     config = MoRAConfig(**fields) if name == "mora" else ResLoRAConfig(**fields, shortcut=shortcut, pre_num=pre_num)
-    base = mixture("qwen3_moe") if kind == "experts" else TINY_MODELS["llama"].make().double()
-    model = adapted(base, config).train()
+    base = mixture("qwen3_moe") if kind == "experts" else TINY_MODELS["llama"].make()
+    model = adapted((with_attention_of_torch(base) if kind == "attention" else base).double(), config).train()
     if kind == "nested":
         set_rank(model, 2, in_training_only=True)
     model.enable_input_require_grads()

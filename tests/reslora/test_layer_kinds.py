@@ -22,6 +22,7 @@ from helpers.tolerances import FLOAT64, rounding
 from peft import PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from peft_reslora import ResLoRAConfig
@@ -94,10 +95,12 @@ def message_of(layer: str, block: str, shortcut: str) -> str | None:
         return rf"target_parameters=\['0.weight', '1.weight'\] with {field.get(block, of_shortcut)}"
     if block == "DoRA" and shortcut != "block":
         return r"use_dora=True with shortcut=.*choose shortcut='block'"
-    if layer == "nn.MultiheadAttention":
-        return r"cannot adapt .*\(Attention, 2 layers\), .*LoraConfig"
+    if layer == "nn.MultiheadAttention" and block == "LoRA" and shortcut != "block":
+        return r"cannot adapt .*\(Attention, 2 layers\), .*query, key and value.*shortcut='block'"
     if layer == "nn.Embedding" and shortcut != "block":
         return r"cannot adapt .*\(Embedding, 2 layers\), .*indices.*shortcut='block'"
+    if block != "LoRA" and layer == "nn.MultiheadAttention":
+        return rf"cannot adapt .*, an attention, which has no blocks of {block}"
     return None
 
 
@@ -150,7 +153,9 @@ def adapted(base: nn.Module, config: ResLoRAConfig) -> PeftModel:
     return model  # in training: in evaluation, bitsandbytes computes in half precision on some processors
 
 
-def product(values: dict[str, torch.Tensor], a: int, b: int, rank: int = 4, experts: int = 1) -> torch.Tensor:
+def product(
+    values: dict[str, torch.Tensor], a: int | str, b: int | str, rank: int = 4, experts: int = 1
+) -> torch.Tensor:
     """B_b E_b A_a of two layers, entry by entry, in the groups that their shapes tell, of the first directions; or of
     each expert."""
     A, B = (values.get(f"{n}.lora_{f}.weight", values.get(f"{n}.lora_{f}")) for n, f in ((a, "A"), (b, "B")))
@@ -199,6 +204,11 @@ def oracle(base: Net, values: dict[str, torch.Tensor], x: torch.Tensor, cell: tu
             share = (values[f"{n}.lora_magnitude"] / (W + U.detach()).flatten(1).norm(dim=1)).view(channels)
             bias = 0 if isinstance(own, nn.Embedding) else own.bias.view(channels)
             return share * (result - bias + applied(own, U, x)) + bias
+        if isinstance(own, nn.MultiheadAttention):
+            weights = {"in_proj_weight": "{}", "out_proj.weight": "{}.base_layer.out_proj"}
+            places = {name: [place.format(k) for k in range(n + 1)] for name, place in weights.items()}
+            sums = {name: s * sum(product(values, k, k) for k in where) for name, where in places.items()}
+            return functional_call(own, {name: own.get_parameter(name) + U for name, U in sums.items()}, (x,))
         if shortcut == "input":
             return result + applied(own, update(n, n), x + inputs[max(n - 1, 0)])
         if shortcut == "middle":

@@ -34,7 +34,7 @@ from peft_reslora.reslora.chain_table import (
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.cuts import cuts_of
 from peft_reslora.shared.fields import refuse_slow_patterns, shown
-from peft_reslora.shared.names import PREFIX
+from peft_reslora.shared.names import OUT_PROJECTION, PREFIX
 from peft_reslora.shared.patterns import by_pattern, scaling_of
 from peft_reslora.shared.tensors import widen
 
@@ -342,7 +342,8 @@ def blocks_from_state_dict(config: ResLoRAConfig, state_dict: Mapping[str, torch
         _check_shortcut_parts(name, A, found)
         B = _fold(config, name, B, found.get(SINGULAR_VALUES))
         C, sketch, annealed = (found.get(part) for part in SHORTCUT_PARTS)
-        scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, name, config.lora_alpha))
+        target = name.removesuffix(OUT_PROJECTION)
+        scaling = config.scaling(A.shape[0], by_pattern(config.alpha_pattern, target, config.lora_alpha))
         t = 0.0 if annealed is None else float(annealed)
         kind = EMBEDDING if is_embedding else kernel_kind(size)
         blocks[name] = Block(name, A, B, scaling, found.get("lora_norm"), None, C, sketch, t, size, kind, groups)
