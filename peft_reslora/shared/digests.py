@@ -67,8 +67,8 @@ class ReadFile:
 
     def renamed(self, new_name: Callable[[str], str]) -> ReadFile:
         """The same file, by other keys."""
-        tensors, digests = ({new_name(k): v for k, v in held.items()} for held in (self.tensors, self.digests))
-        return replace(self, tensors=tensors, digests=digests)
+        tensors = {new_name(key): tensor for key, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, digests={new_name(key): digest for key, digest in self.digests.items()})
 
     def is_current(self) -> bool:
         """Whether the file, of which the tensors are views, is still the one that was hashed."""
