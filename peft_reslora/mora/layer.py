@@ -29,7 +29,7 @@ from peft_reslora.shared.stamps import StampedLayer
 from peft_reslora.shared.tensors import NOT_HERE, is_readable
 
 from .config import MoRAConfig, computation
-from .operators import OPERATORS, MoRAType, delta_weight, sharing_factors, square_size
+from .operators import OPERATORS, MoRAType, add_delta_weight, delta_weight, sharing_factors, square_size
 
 
 class SquareMatrices(nn.ParameterDict):
@@ -214,7 +214,8 @@ class MoRALayer(StampedLayer, BaseTunerLayer):
                 f"The matrix of adapter {adapter_name!r} on layer {self.layer_name} is {NOT_HERE}. Save the "
                 "adapter and load it into a model without sharding and offloading."
             )
-        return M.to(torch.promote_types(M.dtype, torch.float32)) * self.scaling[adapter_name]
+        exact = M.to(torch.promote_types(M.dtype, torch.float32))
+        return exact if self.scaling[adapter_name] == 1 else exact * self.scaling[adapter_name]
 
 
 class MoRALinear(nn.Module, MoRALayer):
@@ -226,6 +227,8 @@ class MoRALinear(nn.Module, MoRALayer):
         # While merged: the base weight from before, or where it is quantized a copy of the base layer. In a list, so
         # that it is no part of the state dict.
         self._unmerged: list[nn.Parameter | nn.Module] = []
+        # By whoever merges all layers and needs no weight from before: this one may be written into, and was checked.
+        self.merges_in_place, self.merges_checked = False, False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
@@ -283,21 +286,29 @@ class MoRALinear(nn.Module, MoRALayer):
             TypeError: as `check_mergeable`.
         """
         names = self.adapters_to_merge(check_adapters_to_merge(self, adapter_names))
-        self.check_mergeable(names, safe_merge)
+        if not self.merges_checked:
+            self.check_mergeable(names, safe_merge)
         if not names:
             return
         base_layer = self.get_base_layer()
         with onloaded(base_layer):
             weight = self.get_base_weight()
-            merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            # In place where the weight from before is given up, and already is as wide as the sum.
+            merged = weight.to(wide, copy=not self.merges_in_place)
             for name in names:
-                merged = merged + self.get_delta_weight(name).to(merged.device)
+                self._add_delta_weight(merged, name)
             kept = kept_copy(base_layer) if self.quantization_backend is not None else own_weight(base_layer)
             self.set_base_weight(merged.to(weight.dtype))
             keep_bias(self.get_base_layer(), base_layer)
         if not self.merged:
-            self._unmerged = [kept]
+            self._unmerged = [] if self.merges_in_place else [kept]
         self.merged_adapters.extend(names)
+
+    def _add_delta_weight(self, weight: torch.Tensor, adapter_name: str) -> None:
+        """Add the adapter's delta weight to a weight of the base layer's orientation, in place."""
+        M = self._exact_matrix(adapter_name).to(weight.device)
+        add_delta_weight(weight.T if self.fan_in_fan_out else weight, M, self.mora_type[adapter_name])
 
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of the adapters, the active ones by default, that the layer has and that are not merged into it."""
@@ -329,6 +340,11 @@ class MoRALinear(nn.Module, MoRALayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if not self._unmerged:
+            raise RuntimeError(
+                f"The weight of layer {self.layer_name} from before the merge was given up by merge_and_unload, which "
+                "did not come to its end. Load the base model and the adapter again."
+            )
         unmerged = self._unmerged.pop()
         with onloaded(self.get_base_layer()):
             if isinstance(unmerged, nn.Module):
@@ -380,6 +396,9 @@ class MoRAConvolution(MoRALinear):
 
     def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.unflatten(1, (self.in_features, *self._convolution.kernel_size))
+
+    def _add_delta_weight(self, weight: torch.Tensor, adapter_name: str) -> None:
+        weight += self.get_delta_weight(adapter_name).to(weight.device)  # which may lie in memory in another order
 
     def update(self, x: torch.Tensor, M: torch.Tensor, mora_type: MoRAType) -> torch.Tensor:
         """The operator on each patch of x, as one convolution, with the base's stride, padding and dilation."""

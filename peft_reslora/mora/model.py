@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from peft_reslora.shared.base_weights import (
     merged_or_not,
+    own_memory,
     refuse_inseparable,
     refuse_shared_modules,
     refuse_unknown,
@@ -30,7 +31,7 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.checkpoints import NativeCheckpoints, refuse_adapter_name
 from peft_reslora.shared.fields import oversized, refuse_slow_patterns
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
-from peft_reslora.shared.host import CONVOLUTIONS, in_out_features
+from peft_reslora.shared.host import CONVOLUTIONS, in_out_features, own_parameter
 from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import find_targets, is_plain_linear, refuse_merged
@@ -163,7 +164,8 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
         layers = self._check_mergeable(adapter_names, safe_merge)
         weights = [f"{name}.weight" for name in layers]
         refuse_inseparable(self.model, weights)
-        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        with _merged_for_good(self.model, layers.values()):
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         untie(merged, weights)
         return merged
 
@@ -234,6 +236,21 @@ def layer_sizes(model: nn.Module, adapter_name: str = "default") -> list[LayerSi
         for name, layer in model.named_modules()
         if isinstance(layer, MoRALayer) and adapter_name in layer.mora_M
     ]
+
+
+@contextmanager
+def _merged_for_good(model: nn.Module, layers: Collection[MoRALinear]) -> Iterator[None]:
+    """Let the layers, which have been checked, merge into the memory of their weights where nothing else reads it."""
+    own = own_memory(model)
+    for layer in layers:
+        layer.merges_checked = True
+        weight = own_parameter(layer.get_base_layer(), "weight")
+        layer.merges_in_place = id(weight) in own and not (layer.merged or weight.is_inference())  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.merges_checked = layer.merges_in_place = False
 
 
 def _is_split(module: nn.Module) -> bool:

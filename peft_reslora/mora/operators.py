@@ -62,21 +62,31 @@ OPERATORS: dict[MoRAType, Callable[[torch.Tensor, torch.Tensor, int], torch.Tens
 
 
 def delta_weight(M: torch.Tensor, in_features: int, out_features: int, mora_type: MoRAType) -> torch.Tensor:
-    """The matrix of the operator, shape `(out_features, in_features)`: operator(x) = x @ delta_weight.T.
+    """The matrix of the operator, shape `(out_features, in_features)`: operator(x) = x @ delta_weight.T."""
+    return add_delta_weight(M.new_zeros(out_features, in_features), M, mora_type)
 
-    Every block of it is M, or M R_g for rotation, R_g being the rotation of group g.
+
+def add_delta_weight(weight: torch.Tensor, M: torch.Tensor, mora_type: MoRAType) -> torch.Tensor:
+    """Add `delta_weight` to a weight `(out_features, in_features)` in place, block by block; returns the weight.
+
+    Every block is M, or M R_g for rotation, R_g being the rotation of group g. With sharing, a row of blocks is the
+    same for all groups of the output. Otherwise group g of the output has one block, in the columns of group g of the
+    input, so that no more of the weight is read and written than there are blocks.
     """
-    q = M.shape[0]
+    (out_features, in_features), q = weight.shape, M.shape[0]
     if mora_type == "sharing":
-        blocks = M.repeat(1, _ceil_div(in_features, q))
-    else:
-        groups = _groups_read(in_features, out_features, q)
-        turned = _turned(M, groups) if mora_type == "rotation" else M.expand(groups, q, q)
-        g = torch.arange(groups, device=M.device)
-        diagonal = M.new_zeros(groups, q, groups, q)
-        diagonal[g, :, g, :] = turned
-        blocks = diagonal.reshape(groups * q, groups * q)
-    return _unwrap_columns(blocks, in_features)[_wrapped(out_features, blocks.shape[0], M.device)]
+        _add_repeated(weight, _unwrap_columns(M.repeat(1, _ceil_div(in_features, q)), in_features))
+        return weight
+    groups = _groups_read(in_features, out_features, q)
+    for g, block in enumerate(_turned(M, groups) if mora_type == "rotation" else M.expand(groups, q, q)):
+        start, period = g * q, groups * q
+        columns = weight[:, start : start + q]
+        if start + q > in_features:  # the last group wraps round to the start of the row
+            block, columns = _unwrap_columns(F.pad(block, (start, 0)), in_features), weight
+        for row in range(start, out_features, period):
+            rows = columns[row : row + q]
+            rows += block[: len(rows)]
+    return weight
 
 
 def sharing_factors(M: torch.Tensor, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,8 +161,22 @@ def _tile(x: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([repeated, x[..., :rest]], dim=-1) if rest else repeated
 
 
+def _add_repeated(weight: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add to row n of a weight the row n mod len(rows), in place."""
+    whole = len(weight) // len(rows) * len(rows)
+    if whole:
+        repeated = weight[:whole].unflatten(0, (-1, len(rows)))
+        repeated += rows
+    rest = weight[whole:]
+    rest += rows[: len(rest)]
+
+
 def _unwrap_columns(blocks: torch.Tensor, in_features: int) -> torch.Tensor:
     """From columns per entry of the row of groups to columns per input feature: those of one feature add up."""
+    if (rest := blocks.shape[1] - in_features) <= in_features:
+        rows = blocks[:, :in_features].clone()
+        rows[:, :rest] += blocks[:, in_features:]
+        return rows
     columns = _wrapped(blocks.shape[1], in_features, blocks.device)
     return blocks.new_zeros(blocks.shape[0], in_features).index_add(1, columns, blocks)
 

@@ -7,6 +7,7 @@ PEFT's hooks are private; read in 0.21.0 to 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,9 +16,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_reslora.shared.digests import ReadFile
 from peft_reslora.shared.host import BufferDict, children_by_name, has_adapter, is_being_loaded, own_tensor_names
 from peft_reslora.shared.names import PREFIX, bare_name
+from peft_reslora.shared.saving import SavedWhole
 from peft_reslora.shared.stamps import Arrivals, StampedLayer, can_be_stamped, fault_against, make_stamp
+from peft_reslora.shared.undrawn import Undrawn
 
 Parts = dict[str, dict[str, torch.Tensor]]  # a layer's tensors by their names in it, by the layer's bare name
 Layer = TypeVar("Layer", bound=StampedLayer)
@@ -29,8 +33,11 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
     stamped_layer_cls: type[StampedLayer]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; the layers of one adapter answer for each other's stamps."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """As in PEFT; what it is about to load is not drawn at random first, and the layers of one adapter answer for
+        each other's stamps."""
+        config: Any = self.peft_config[adapter_name]
+        with nullcontext() if config.read_file is None else Undrawn():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         arrivals = Arrivals()
         for _, layer in adapted_layers(model, self.stamped_layer_cls, adapter_name):
             layer.arrivals[adapter_name] = arrivals
@@ -83,7 +90,8 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
                 or were saved from another computation. An adapter that PEFT made for them is taken away again.
         """
         try:
-            remapped = cls._remap_checked(model, adapter_name, state_dict)
+            read = config.take_read_file() if isinstance(config, SavedWhole) else None
+            remapped = cls._remap_checked(model, adapter_name, state_dict, read)
         except BaseException:
             if is_being_loaded(model, adapter_name):
                 model.delete_adapter(adapter_name)  # type: ignore[operator]
@@ -92,7 +100,7 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
 
     @classmethod
     def _remap_checked(
-        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], read: ReadFile | None
     ) -> dict[str, torch.Tensor]:
         layers = {canonical(name): layer for name, layer in adapted_layers(model, cls.stamped_layer_cls, adapter_name)}
         suffix = f".{cls.stamped_layer_cls.stamp_name}"
@@ -104,7 +112,7 @@ class NativeCheckpoints(BaseTuner if TYPE_CHECKING else object):  # type: ignore
             held = model.state_dict()
             keys = {canonical(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in held}
             _refuse_misfit(layers, adapter_name, given, {key: held[own] for key, own in keys.items()})
-            _refuse_unsaved(layers, adapter_name, found, stamps)
+            _refuse_unsaved(layers, adapter_name, found, stamps, None if read is None else read.renamed(canonical))
         except BaseException:
             restore()
             raise
@@ -146,8 +154,13 @@ def adapted_layers(model: nn.Module, kind: type[Layer], adapter_name: str) -> It
 
 def _parts_of(name: str, layer: StampedLayer, adapter_name: str, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """A layer's tensors in a checkpoint, by the names of `stamped_parts`."""
-    parts = {part: (f"{name}.{part}", f"{name}.{part}.weight") for part in layer.stamped_parts(adapter_name)}
+    parts = {part: _keys_of(name, part) for part in layer.stamped_parts(adapter_name)}
     return {part: next((given[key] for key in keys if key in given), None) for part, keys in parts.items()}
+
+
+def _keys_of(name: str, part: str) -> tuple[str, str]:
+    """Those that a part of a layer may have in a checkpoint: a tensor, or the weight of a module."""
+    return f"{name}.{part}", f"{name}.{part}.weight"
 
 
 def _select_all(
@@ -191,7 +204,7 @@ def _refuse_misfit(
         key: f", that of r={layer.r[adapter_name]}"
         for name, layer in layers.items()
         for part in layer.stamped_parts(adapter_name)
-        for key in (f"{name}.{part}", f"{name}.{part}.weight")
+        for key in _keys_of(name, part)
         if key in held
     }
     faults = {
@@ -212,17 +225,26 @@ def _refuse_misfit(
 
 
 def _refuse_unsaved(
-    layers: Mapping[str, StampedLayer], adapter_name: str, found: Parts, stamps: Mapping[str, torch.Tensor]
+    layers: Mapping[str, StampedLayer],
+    adapter_name: str,
+    found: Parts,
+    stamps: Mapping[str, torch.Tensor],
+    read: ReadFile | None,
 ) -> None:
     """What is loaded has to be what was saved, for the computation that the model will do with it.
+
+    `read` is the adapter's file, by canonical keys, if its tensors have been hashed in this load.
 
     Raises:
         ValueError: naming layer, what is wrong and what to do.
     """
     for name, layer in layers.items():
+        if (stamp := stamps.get(name)) is None:
+            continue
         parts: Mapping[str, torch.Tensor | None] = found[name]
-        stamp, accepted = stamps.get(name), layer.accepted_computations(adapter_name)
-        faults = [None if stamp is None else fault_against(stamp, parts, computation) for computation in accepted]
+        known = {} if read is None else _known_digests(name, parts, read)
+        accepted = layer.accepted_computations(adapter_name)
+        faults = [fault_against(stamp, parts, computation, known) for computation in accepted]
         if None not in faults:
             fault = next(fault for fault in faults if fault is not None)
             entry = f"{name}.{layer.stamp_name}"
@@ -231,6 +253,16 @@ def _refuse_unsaved(
                 "it with the config it was saved with, under a name that no other adapter has, from a whole copy. If "
                 f"the tensors were changed on purpose, leave out the entries such as {entry!r} that vouch for them."
             )
+
+
+def _known_digests(name: str, parts: Mapping[str, torch.Tensor | None], read: ReadFile) -> dict[str, bytes | None]:
+    """By part of a layer, the digest of what is loaded, if that is what was hashed."""
+    known = {}
+    for part, tensor in parts.items():
+        if tensor is not None:
+            digests = [read.digest_of(key, tensor) for key in _keys_of(name, part)]
+            known[part] = digests[0] or digests[1]
+    return known
 
 
 def refuse_adapter_name(model: nn.Module, adapter_name: str, tuner: type[NativeCheckpoints]) -> None:

@@ -22,9 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_reslora.shared import fields
+from peft_reslora.shared.digests import ReadFile, digests_of, memory_of, sha256, version_of_file
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_DIGEST = "sha256"  # in the header of the weights
+# In the header of the weights: a digest of all that is in them, which 0.1.0 reads too, and one made of the digests of
+# the tensors, which can be taken of several at a time and serve the stamps as well.
+_DIGEST, _DIGEST_BY_TENSOR = "sha256", "sha256_by_tensor"
 _LARGEST_CONFIG = 2**24  # bytes
 # Of the fields that an export reads, and that not each config checks itself.
 _CHECKS: dict[str, fields.Check] = {
@@ -98,23 +101,35 @@ def _faults(config: PeftConfig) -> list[str]:
 
 
 def seal(file: Path) -> None:
-    """Write the digest of the file's tensors into its header; the file is replaced in one step."""
+    """Write the digests of the file's tensors into its header; the file is replaced in one step."""
     with safe_open(file, "pt") as opened:
         metadata = dict(opened.metadata() or {})
     tensors = load_file(file)
+    metadata[_DIGEST] = _digest(tensors)
+    metadata[_DIGEST_BY_TENSOR] = _digest_by_tensor(tensors, digests_of(tensors), metadata[_DIGEST])
     with replaced_file(file) as whole:
-        save_file(tensors, whole, metadata={**metadata, _DIGEST: _digest(tensors)})
+        save_file(tensors, whole, metadata=metadata)
 
 
-def refuse_damaged(file: Path) -> None:
+def refuse_damaged(file: Path) -> ReadFile | None:
     """Check the tensors of a sealed file; one without a seal, such as another program makes, passes.
+
+    Returns:
+        What was read and hashed for it, if the seal is one made of the digests of the tensors.
 
     Raises:
         ValueError: if they are not those that were saved, or cannot be read.
     """
+    version, read = version_of_file(file), None
     try:
-        sealed = seal_of(file)
-        whole = sealed is None or sealed == _digest(load_file(file))
+        sealed, by_tensor = _seals_of(file)
+        whole = sealed is None and by_tensor is None
+        if by_tensor is not None:
+            tensors = load_file(file)
+            read = ReadFile(file, version, tensors, digests_of(tensors))
+            whole = by_tensor == _digest_by_tensor(tensors, read.digests, sealed)
+        elif sealed is not None:
+            whole = sealed == _digest(load_file(file))
         fault = "its tensors are not those that were saved: their SHA-256 is not the one in its header"
     except SafetensorError as error:
         whole, fault = False, str(error)
@@ -122,12 +137,18 @@ def refuse_damaged(file: Path) -> None:
         raise ValueError(
             f"{file} is damaged or no safetensors file ({fault}). Save the adapter again, or take another copy of it."
         )
+    return read
 
 
 def seal_of(file: Path) -> str | None:
     """The digest in the header of a file of tensors; None if nobody has sealed it."""
+    return _seals_of(file)[0]
+
+
+def _seals_of(file: Path) -> tuple[str | None, str | None]:
     with safe_open(file, "pt") as opened:
-        return (opened.metadata() or {}).get(_DIGEST)
+        metadata = opened.metadata() or {}
+    return metadata.get(_DIGEST), metadata.get(_DIGEST_BY_TENSOR)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -135,8 +156,14 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(memory_of(tensor))
     return digest.hexdigest()
+
+
+def _digest_by_tensor(tensors: Mapping[str, torch.Tensor], digests: Mapping[str, bytes], sealed: str | None) -> str:
+    """SHA-256 of names, dtypes, and digests of shapes and values; and of the other seal."""
+    entries = (f"{name} {tensors[name].dtype} ".encode() + digest for name, digest in sorted(digests.items()))
+    return sha256(f"{sealed} ".encode(), *entries).hex()
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "tree_leaves"]
 
-_LOAD_ADAPTER = ("load_adapter", PeftModel.__module__)  # by the name of the function and of its module
+# PEFT's loaders, by the name of the function and of its module.
+_LOAD_ADAPTER, _FROM_PRETRAINED = (("load_adapter", PeftModel.__module__), ("from_pretrained", PeftModel.__module__))
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # those that PEFT adapts
 
 
@@ -64,11 +65,23 @@ def is_being_loaded(model: nn.Module, adapter_name: str) -> bool:
     PEFT 0.21.0 to 0.21.2, which only then has a local `peft_config`; an undo of its own would end the need. It is
     known by where it stands, as ms-swift puts a function of its own before it.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) != _LOAD_ADAPTER:
-        frame = frame.f_back
+    frame = _running(_LOAD_ADAPTER)
     known: Any = {} if frame is None else frame.f_locals
     return known.get("self") is model and known.get("adapter_name") == adapter_name and "peft_config" in known
+
+
+def loader_runs() -> bool:
+    """Whether `PeftModel.from_pretrained` or `load_adapter` runs, which load the tensors of an adapter next to the
+    config that they read, in this very call. PEFT 0.21.0 to 0.21.2; an argument that says so would end the need."""
+    return _running(_LOAD_ADAPTER, _FROM_PRETRAINED) is not None
+
+
+def _running(*functions: tuple[str, str]) -> FrameType | None:
+    """The frame of one of these functions, among those that run in this thread."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) not in functions:
+        frame = frame.f_back
+    return frame
 
 
 def set_adapters_off(layer: BaseTunerLayer, off: bool) -> None:

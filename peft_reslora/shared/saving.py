@@ -13,12 +13,17 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from peft_reslora.shared.card import write_native_card
+from peft_reslora.shared.digests import ReadFile
 from peft_reslora.shared.files import CONFIG_FILE, WEIGHTS_FILE, refuse_damaged, replaced_file, seal
+from peft_reslora.shared.host import loader_runs
 from peft_reslora.shared.lora_savers import NotSavedAsLora
 
 
 class SavedWhole(NotSavedAsLora):
     """What the configs of both tuners do when an adapter is saved and loaded."""
+
+    # While PEFT loads the adapter: what its config was read with. No field, so that it is neither compared nor saved.
+    read_file: ReadFile | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As in PEFT, for the file: the tensors that are saved with it have stamps."""
@@ -60,9 +65,16 @@ class SavedWhole(NotSavedAsLora):
             ValueError: if their tensors are not those that were saved.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_FILE)
-        if weights.is_file():
-            refuse_damaged(weights)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        read = refuse_damaged(weights) if weights.is_file() else None
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if read is not None and isinstance(config, SavedWhole) and loader_runs():
+            config.read_file = read
+        return config
+
+    def take_read_file(self) -> ReadFile | None:
+        """What was read with the config of an adapter that is loaded now, once; None if its file has been changed."""
+        read, self.read_file = self.read_file, None
+        return read if read is not None and read.is_current() else None
 
 
 def _refuse_empty(file: Path) -> None:

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from helpers.mora import MLP, inputs, mlp, mora_config
+from helpers.mora import MLP, TYPES, dense_reference, inputs, mlp, mora_config
 from helpers.oracle import relative_error
 from helpers.tolerances import rounding
 from peft import get_peft_model
@@ -136,3 +136,70 @@ def test_weight_that_is_no_plain_number_is_refused():
     mora.base_layer.weight = nn.Parameter(mora.base_layer.weight.detach().to(torch.float8_e4m3fn))
     with pytest.raises(TypeError, match=r"layer lin0 has type torch\.float8_e4m3fn, which PEFT cannot dequantize"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("mora_type", TYPES)
+@pytest.mark.parametrize("r", [1, 3, 64])
+def test_each_way_to_merge_adds_the_delta_weight_of_the_paper(mora_type, r):
+    """With squares smaller and larger than the layers, on a linear layer and on a Conv1D."""
+    model = get_peft_model(mlp(), mora_config(mora_type, r=r))
+    expected = {}
+    for name in ("lin0", "lin1"):
+        mora = getattr(model.base_model.model, name)
+        delta = dense_reference(
+            mora.mora_M["default"].detach().double(), mora.in_features, mora.out_features, mora_type
+        )
+        expected[name] = mora.base_layer.weight.detach().double() + (delta.T if name == "lin1" else delta)
+    model.merge_adapter()
+    for name, weight in expected.items():
+        assert relative_error(getattr(model.base_model.model, name).base_layer.weight, weight) < rounding(model)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    for name, weight in expected.items():
+        assert relative_error(getattr(merged, name).weight, weight) < rounding(merged)
+
+
+@pytest.mark.parametrize("mora_type", TYPES)
+def test_merging_for_good_writes_into_the_weights_and_says_the_same_numbers(mora_type):
+    model = get_peft_model(mlp(), mora_config(mora_type))
+    kept = copy.deepcopy(model)
+    kept.merge_adapter()
+    places = [module.base_layer.weight.data_ptr() for module in model.modules() if isinstance(module, MoRALayer)]
+    merged = model.merge_and_unload()
+    assert [merged.lin0.weight.data_ptr(), merged.lin1.weight.data_ptr()] == places
+    for ours, theirs in zip((merged.lin0.weight, merged.lin1.weight), base_weights(kept), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_merging_for_good_leaves_memory_that_something_else_reads():
+    base = mlp()
+    base.other = nn.Linear(33, 17)
+    base.other.weight = nn.Parameter(base.lin0.weight.data)  # another parameter, and the same memory
+    before = base.other.weight.detach().clone()
+    merged = get_peft_model(base, mora_config()).merge_and_unload()
+    assert torch.equal(merged.other.weight, before)
+    assert not torch.equal(merged.lin0.weight, before)
+
+
+def test_a_model_made_in_inference_mode_is_merged_for_good():
+    with torch.inference_mode():
+        model = get_peft_model(mlp(), mora_config())
+    kept = copy.deepcopy(model)
+    kept.merge_adapter()
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.lin0.weight, base_weights(kept)[0])
+
+
+def test_a_merge_for_good_that_is_interrupted_is_not_undone_by_halves(monkeypatch):
+    model = get_peft_model(mlp(), mora_config())
+    mora = model.base_model.model.lin0
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model.base_model), "_replace_module", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+    assert mora.merged
+    with pytest.raises(RuntimeError, match=r"layer lin0 from before the merge was given up.*Load the base model"):
+        model.unmerge_adapter()
