@@ -86,7 +86,8 @@ def findings(model: nn.Module, table: ChainTable, batch: Mapping[str, Any]) -> t
     """What a forward pass on `batch` shows that `table` does not: one line for each thing to know."""
     targets = [target for chain in table.chains for target in chain]
     modules = {bare_name(name, model).removeprefix(PREFIX): module for name, module in model.named_modules()}
-    called = [modules.get(t.name) or modules[t.name.rpartition(".")[0]] for t in targets]  # of a parameter, its module
+    paths = [t.name if t.name in modules else t.name.rpartition(".")[0] for t in targets]  # of a parameter, its module
+    called = [modules[path] for path in paths]
     calls = dict(zip(targets, _trace(model, called, batch), strict=True))
     index = {target: n for n, target in enumerate(targets)}
     lines: list[str] = []
