@@ -235,9 +235,10 @@ def _update(
     """One layer's, fitted."""
     place = layer.chain_of(adapter_name) if isinstance(layer, ResLoRALayer) else None
     form = form_of_adapted(layer)
-    if place is not None and isinstance(form, ParameterForm):
+    if isinstance(layer, ResLoRALayer) and place is not None and isinstance(form, ParameterForm):
+        A, B = layer.merged_factors(adapter_name)
         form = dataclasses.replace(form, path=parameter_path(name, form.path))
-        return fit_experts(fit, *layer.merged_factors(adapter_name), place[0].merge().exactness[place[1]], form)
+        return fit_experts(fit, A, B, place[0].merge().exactness[place[1]], form)
     if is_dora(config):
         merge = AS_TRAINED if place is None else place[0].merge().exactness[place[1]]
         return fit.dora_update(*dora_factors(layer, adapter_name), merge, dora_form_of(layer.get_base_layer()))

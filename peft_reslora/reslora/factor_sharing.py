@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from enum import Enum, auto
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,9 +73,10 @@ def terms(chain: Chain, position: int, way: Way, device: torch.device) -> list[T
     """A, B and s of the layer at `position` and of those that feed it, nearest first, on the device."""
     if way is Way.HANDED:
         pairs = _handed(chain, position, device)
+    elif way is Way.CALLED:
+        pairs = [_called(chain, k, device) for k in chain.span(position)]
     else:
-        have = partial(_called, device=device) if way is Way.CALLED else read
-        pairs = [have(chain, k) for k in chain.span(position)]
+        pairs = [read(chain, k) for k in chain.span(position)]
     scalings = [chain.block(k).scaling for k in chain.span(position)]
     return [(A.to(device), B.to(device), s) for (A, B), s in zip(pairs, scalings, strict=True)]
 

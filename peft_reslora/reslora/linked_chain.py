@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class ChainedLayer(Protocol):
     """What a chain asks of its layers."""
 
     r: dict[str, int]
-    own_kind: type[LinearBlock] | None
+    own_kind: ClassVar[type[LinearBlock] | None]
     lora_norm: BufferDict
     lora_shortcut: BufferDict
     lora_calibrated: BufferDict

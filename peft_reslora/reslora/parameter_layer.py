@@ -56,7 +56,8 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
         return delta if weight.element_size() < 2 else delta.to(weight.dtype)
 
     def _factors_of_sum(self, adapter_name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        chain, position = self.lora_variant[adapter_name].chain, self.lora_variant[adapter_name].position
+        variant: Any = self.lora_variant[adapter_name]
+        chain, position = variant.chain, variant.position
         self.note_call(adapter_name)
         way = way_to_factors(chain, position, weight)
         return chain.block(position).side_by_side(terms(chain, position, way, weight.device))

@@ -37,7 +37,7 @@ class ExpertsBlock(LinearBlock):
         return self.layer.num_experts
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:  # type: ignore[override]
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         A, B = self.modules
         r = A.out_features // self.experts
         return (r, self.experts, A.in_features), (B.out_features, r, self.experts)
