@@ -38,7 +38,8 @@ def hooked_forward(module: nn.Module, other: nn.Module) -> dict[str, Any] | None
     """The attributes by which the hook on a module runs around the forward of another, which shares its attributes;
     None if it is not accelerate that has put a forward in the place of the module's own (`add_hook_to_module`).
     """
-    forward, own = vars(module).get("forward"), vars(module).get("_old_forward")
+    forward: Any = vars(module).get("forward")
+    own: Any = vars(module).get("_old_forward")
     ours = isinstance(forward, partial) and forward.args == (module,) and getattr(own, "__self__", None) is module
     if not ours or "_hf_hook" not in vars(module):
         return None
