@@ -233,6 +233,7 @@ def test_a_subclass_computes_with_the_sums_in_its_own_way(compiled):
     assert relative_error(model.get_base_model()[1].base_layer.seen, base[1].seen) < FLOAT64
 
 
+@pytest.mark.quick(targets=[("attn", "mlp.0")])
 @pytest.mark.parametrize("targets", [("attn",), ("attn", "mlp.0")], ids=["attention", "a linear layer too"])
 def test_compiled_as_a_whole(targets):
     base = prepared(Net())
