@@ -30,11 +30,11 @@ WEIGHTS = "adapter_model.safetensors"
 def configs(rank: int) -> dict[str, PeftConfig]:
     fields: dict[str, Any] = {"r": rank, "target_modules": "all-linear"}
     return {
-        BASELINE: LoraConfig(**fields, init_lora_weights=False),
-        "ResLoRA input": ResLoRAConfig(**fields, shortcut="input", init_lora_weights=False),
-        "ResLoRA block": ResLoRAConfig(**fields, shortcut="block", init_lora_weights=False),
-        "ResLoRA middle": ResLoRAConfig(**fields, shortcut="middle", init_lora_weights=False),
-        "MoRA sharing": MoRAConfig(**fields, mora_type="sharing", init_weights=False),
+        BASELINE: LoraConfig(**fields),
+        "ResLoRA input": ResLoRAConfig(**fields, shortcut="input"),
+        "ResLoRA block": ResLoRAConfig(**fields, shortcut="block"),
+        "ResLoRA middle": ResLoRAConfig(**fields, shortcut="middle"),
+        "MoRA sharing": MoRAConfig(**fields, mora_type="sharing"),
     }
 
 
@@ -42,6 +42,16 @@ def rank_of(base: nn.Module, megabytes: float) -> int:
     """The rank of a LoRA on all linear layers but the head that has about this size in float32."""
     layers = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and not name.endswith("lm_head")]
     return max(1, round(megabytes * 1e6 / 4 / sum(m.in_features + m.out_features for m in layers)))
+
+
+@torch.no_grad()
+def save(base: nn.Module, config: PeftConfig, folder: Path) -> None:
+    """An adapter as training leaves it: with random factors, and a config that says how they began."""
+    model: Any = get_peft_model(twin(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    model.save_pretrained(str(folder))
 
 
 def load_time(base: nn.Module, folder: Path, options: argparse.Namespace) -> float:
@@ -64,8 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = {name: Path(folder, name) for name in configs(1)}
         for name, config in configs(rank_of(base, options.megabytes)).items():
-            model: Any = twin(base)
-            get_peft_model(model, config).save_pretrained(str(folders[name]))
+            save(base, config, folders[name])
         times = in_turns({n: partial(load_time, base, path, options) for n, path in folders.items()}, options.rounds)
         sizes = {name: (path / WEIGHTS).stat().st_size for name, path in folders.items()}
     results: list[dict[str, Any]] = [

@@ -38,7 +38,7 @@ def configs(rank: int) -> dict[str, PeftConfig]:
         **{name: ResLoRAConfig(**fields, init_lora_weights=False, **own) for name, own in VARIANTS.items()},
         **{
             f"MoRA {kind}": MoRAConfig(**fields, mora_type=kind, init_weights=False)
-            for kind in ("sharing", "rotation")
+            for kind in ("sharing", "decoupling", "rotation")
         },
     }
 
