@@ -72,16 +72,18 @@ def plot_rates(summaries: Sequence[MethodSummary], reference: str, path: Path, t
         axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=8)
     if scores := [score for s in drawn for score in s.scores.values() if score is not None]:
+        chosen = [score for s in drawn for rate, score in s.scores.items() if rate == s.rate and score is not None]
         for axes in panels:
-            axes.set_ylim(*shown_range(scores))
+            axes.set_ylim(*shown_range(scores, chosen))
     _set_title(figure, f"{title}: one run a rate, without those that diverged; the ring is the one chosen")
     _save(figure, path)
 
 
-def shown_range(scores: Sequence[float]) -> tuple[float, float]:
-    """Of all scores, but for those of rates that ruin the model, which would hide what the others do."""
+def shown_range(scores: Sequence[float], chosen: Sequence[float] = ()) -> tuple[float, float]:
+    """Of all scores, but for those of rates that ruin the model, which would hide what the others do; those of chosen
+    rates are seen in any case."""
     low, median, high = np.quantile(scores, [0.1, 0.5, 0.9])
-    shown = [score for score in scores if abs(score - median) <= 3 * (high - low)]
+    shown = [*chosen, *(score for score in scores if abs(score - median) <= 3 * (high - low))]
     margin = 0.05 * (max(shown) - min(shown)) or 0.5
     return min(shown) - margin, max(shown) + margin
 

@@ -227,6 +227,7 @@ def test_a_ruined_run_does_not_hide_the_others_in_the_figure_of_rates() -> None:
     assert 6.5 < high < 7
     assert shown_range([54.0, 54.0, *range(70, 83)])[0] < 54
     assert shown_range([1.0]) == (0.5, 1.5)
+    assert shown_range([7.0, 8.0] * 9 + [78.0], chosen=[78.0])[1] > 78
 
 
 @pytest.mark.parametrize(("width", "interval"), [(20.0, "-10.00 to +10.00"), (0.02, "-0.010 to +0.010")])

@@ -125,6 +125,11 @@ def _fidelity(_: str) -> str:
     return _table(("task, shortcut", "drop", "input_norm", "weight_norm", "least_squares", "accuracy"), *rows)
 
 
+_TASKS = {
+    "sst2": "SST-2, accuracy in %",
+    "emoji": "emoji, denoising loss in %",
+    "uuid": "UUID pairs, characters in %",
+}
 _COMPARED = {
     "LoRA": ("LoRA",),
     "`block`, `pre_num` 1, all": ("ResLoRA block 1", "ResLoRA block all"),
@@ -145,7 +150,7 @@ def _compared(argument: str) -> str:
     for label, methods in _COMPARED.items():
         cells = (", ".join(_difference(table[method]) for method in methods) for table in tables)
         rows.append((label, *cells))
-    return _table(("", "SST-2, accuracy in %", "emoji, denoising loss in %"), *rows)
+    return _table(("", *(_TASKS[folder] for folder in argument.split())), *rows)
 
 
 def _difference(row: dict[str, str]) -> str:
