@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reslora.shared.base_weights import (
     give_back_weight,
+    give_up,
     own_weight,
+    refuse_given_up,
     refuse_overflow,
     refuse_unreadable,
     refuse_unwritable,
@@ -290,6 +292,18 @@ class MoRALinear(nn.Module, MoRALayer):
             self.check_mergeable(names, safe_merge)
         if not names:
             return
+        try:
+            kept = self._merge_into_base(names)
+        except BaseException:
+            if self.merges_in_place:
+                give_up(self, self.layer_name)
+            raise
+        if not self.merged:
+            self._unmerged = [] if self.merges_in_place else [kept]
+        self.merged_adapters.extend(names)
+
+    def _merge_into_base(self, names: Sequence[str]) -> nn.Parameter | nn.Module:
+        """Returns what puts the base weight back; nothing does where it merges in place."""
         base_layer = self.get_base_layer()
         with onloaded(base_layer):
             weight = self.get_base_weight()
@@ -301,9 +315,7 @@ class MoRALinear(nn.Module, MoRALayer):
             kept = kept_copy(base_layer) if self.quantization_backend is not None else own_weight(base_layer)
             self.set_base_weight(merged.to(weight.dtype))
             keep_bias(self.get_base_layer(), base_layer)
-        if not self.merged:
-            self._unmerged = [] if self.merges_in_place else [kept]
-        self.merged_adapters.extend(names)
+        return kept
 
     def _add_delta_weight(self, weight: torch.Tensor, adapter_name: str) -> None:
         """Add the adapter's delta weight to a weight of the base layer's orientation, in place."""
@@ -325,10 +337,14 @@ class MoRALinear(nn.Module, MoRALayer):
         """
         if not adapter_names:
             return
+        refuse_given_up(self, self.layer_name)
         if self.quantization_backend is None:
             refuse_unwritable(self.get_base_layer(), self.layer_name)
-        # The largest entry of a delta weight is one of M, or by rotation made of two.
-        bounds = {name: 2 * float(self._exact_matrix(name).abs().max()) for name in adapter_names}
+        # An entry of a delta weight is one of M, or by rotation made of two; where columns wrap round, some add up.
+        bounds = {
+            name: 2 * (1 + math.ceil(M.shape[1] / self.shape[0])) * float(M.abs().max())
+            for name, M in ((name, self._exact_matrix(name)) for name in adapter_names)
+        }
         deltas = {name: partial(self.get_delta_weight, name) for name in adapter_names}
         # Of a quantized weight, take the narrowest of the dtypes into which it can be dequantized.
         dtype = torch.float16 if self.quantization_backend is not None else self.get_base_weight().dtype

@@ -164,7 +164,7 @@ class MoRAModel(NativeCheckpoints, BaseTuner):
         layers = self._check_mergeable(adapter_names, safe_merge)
         weights = [f"{name}.weight" for name in layers]
         refuse_inseparable(self.model, weights)
-        with _merged_for_good(self.model, layers.values()):
+        with _merged_for_good(self.model, layers.values(), in_place=not safe_merge):
             merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         untie(merged, weights)
         return merged
@@ -239,9 +239,10 @@ def layer_sizes(model: nn.Module, adapter_name: str = "default") -> list[LayerSi
 
 
 @contextmanager
-def _merged_for_good(model: nn.Module, layers: Collection[MoRALinear]) -> Iterator[None]:
-    """Let the layers, which have been checked, merge into the memory of their weights where nothing else reads it."""
-    own = own_memory(model)
+def _merged_for_good(model: nn.Module, layers: Collection[MoRALinear], in_place: bool) -> Iterator[None]:
+    """Let the layers, which have been checked, merge into the memory of their weights where nothing else of the model
+    reads it; not in a safe merge, which in PEFT too leaves that memory as it is for others."""
+    own = own_memory(model) if in_place else set()
     for layer in layers:
         layer.merges_checked = True
         weight = own_parameter(layer.get_base_layer(), "weight")

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.factor_sharing import whole_update
 from peft_reslora.reslora.products import autocasts
+from peft_reslora.shared.base_weights import refuse_given_up
 from peft_reslora.shared.host import own_parameter, stand_in
 from peft_reslora.shared.offloading import hooked_forward
 from peft_reslora.shared.stamps import check_when_used
@@ -84,6 +85,7 @@ def weight_with_updates(layer: Any, adapters: Sequence[str], *, in_own_pass: boo
     Raises:
         RuntimeError: if W is not here.
     """
+    refuse_given_up(layer, layer.layer_name)
     weight = getattr(layer.get_base_layer(), layer.parameter_name)
     if layer.merged:
         return weight

@@ -34,7 +34,9 @@ from peft_reslora.reslora.variant import ResLoRAVariant
 from peft_reslora.shared.base_weights import (
     computed_weight,
     give_back_weight,
+    give_up,
     own_weight,
+    refuse_given_up,
     refuse_overflow,
     refuse_unwritable,
 )
@@ -375,6 +377,8 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             except BaseException:
                 self._put_back(kept)
                 self.merged_adapters[:], self.kept_base[:] = before, kept_before
+                if any(id(self) in chain.in_place for chain in self._chains(names)) and not safe_merge:
+                    give_up(self, self.layer_name)
                 raise
             keep_bias(self.get_base_layer(), base_layer)
         if not self._keeps_base(names):
@@ -407,6 +411,7 @@ class ResLoRALayer(StampedLayer, LoraLayer if TYPE_CHECKING else object):  # typ
             TypeError: if the base weight cannot be read as plain numbers.
         """
         name, base_layer = self.layer_name, self.get_base_layer()
+        refuse_given_up(self, name)
         refuse_repacked(base_layer, name)
         if adapter_names and self.is_plain:
             refuse_unwritable(base_layer, name, self.parameter_name)

@@ -48,7 +48,7 @@ from peft_reslora.shared.base_weights import (
 from peft_reslora.shared.checkpoints import NativeCheckpoints, Parts, adapted_layers, canonical, refuse_adapter_name
 from peft_reslora.shared.fields import refuse_slow_patterns, shown
 from peft_reslora.shared.first_pass import after_pass, stop_watching, watch_first_pass
-from peft_reslora.shared.host import BufferDict, own_parameter, parameters_kept
+from peft_reslora.shared.host import BufferDict, own_parameter, parameters_kept, pre_hooks, remove_hooks
 from peft_reslora.shared.precision import full_precision
 from peft_reslora.shared.targets import refuse_merged
 from peft_reslora.shared.tensors import restore, stored
@@ -102,6 +102,19 @@ class ResLoRAModel(NativeCheckpoints, LoraModel):
             doorway.leave(self.model, (), None)
         after_pass(self.model)
         return output
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """As in PEFT; a batch that is refused leaves no hooks behind, by which all later ones would be (0.21.2)."""
+        mixed = kwargs.get("adapter_names") is not None
+        before = {module: pre_hooks(module) for module in self.model.modules()} if mixed else {}
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        except BaseException:
+            for module, kept in before.items():
+                remove_hooks(module, [hook for hook in pre_hooks(module) if hook not in kept].__contains__)
+            raise
 
     def update_and_allocate(self, global_step: int) -> None:
         """As in PEFT's AdaLoRA: allocate ranks, after each optimizer step and before zero_grad."""

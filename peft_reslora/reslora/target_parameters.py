@@ -60,7 +60,9 @@ def parameters_beside(modules: Mapping[str, nn.Module], targets: list[Target]) -
     for name, module in modules.items():
         for parameter_name, parameter in _own_parameters(module) if last else ():
             if parameter_name in last and parameter.ndim in (2, 3):
-                yield parameter_target(f"{name}.{parameter_name}", *parameter_shape(module, parameter), rank=0)
+                yield parameter_target(
+                    parameter_path(name, parameter_name), *parameter_shape(module, parameter), rank=0
+                )
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +42,38 @@ def own_weight(base_layer: nn.Module, name: str = "weight") -> nn.Parameter:
 
 
 def own_memory(model: nn.Module) -> set[int]:
-    """The ids of the parameters that share their memory with no other, under whatever name."""
+    """The ids of the parameters that share their memory with no other and no buffer, under whatever name."""
     places = [(id(p), _place(p)) for _, p in model.named_parameters(remove_duplicate=False) if not p.is_meta]
-    uses = Counter(place for _, place in places)
+    buffers = (_place(buffer) for _, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta)
+    uses = Counter([*(place for _, place in places), *buffers])
     return {parameter for parameter, place in places if place and uses[place] == 1}
 
 
-def _place(parameter: nn.Parameter) -> int:
-    return parameter.untyped_storage().data_ptr() if type(parameter) is nn.Parameter else 0
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if type(tensor) in (nn.Parameter, torch.Tensor) else 0
+
+
+def give_up(layer: nn.Module, layer_name: str) -> None:
+    """Refuse all further use of a layer in whose weight an update is left half written, by a merge that failed."""
+    layer.forward = partial(_refuse_given_up, layer_name)
+
+
+def refuse_given_up(layer: nn.Module, layer_name: str) -> None:
+    """Refuse to merge into a layer that `give_up` has seen.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    forward = vars(layer).get("forward")
+    if isinstance(forward, partial) and forward.func is _refuse_given_up:
+        _refuse_given_up(layer_name)
+
+
+def _refuse_given_up(layer_name: str, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"A merge_and_unload that failed has left the weight of layer {layer_name!r} half written, and keeps none "
+        "from before. Load the base model and the adapter again; merge_adapter() and safe_merge=True can be undone."
+    )
 
 
 def give_back_weight(base_layer: nn.Module, held: nn.Parameter, name: str = "weight") -> None:

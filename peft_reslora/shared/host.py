@@ -27,11 +27,14 @@ from torch.autograd import forward_ad
 # torch 2.6 to 2.13; the convolutions have no other class in common.
 from torch.nn.modules.conv import _ConvNd as Convolution
 
+# torch 2.6 to 2.13: whether `register_module_forward_hook` and the like have put hooks on all modules.
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+
 # torch 2.6 to 2.13; torch's own documentation names the mode, and no public module holds it.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "tree_leaves"]
+__all__ = ["BufferDict", "Convolution", "TorchDispatchMode", "has_any_global_hook", "tree_leaves"]
 
 # PEFT's loaders, by the name of the function and of its module.
 _LOAD_ADAPTER, _FROM_PRETRAINED = (("load_adapter", PeftModel.__module__), ("from_pretrained", PeftModel.__module__))
@@ -214,9 +217,12 @@ def is_bare_linear(module: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether a call of a linear layer or a convolution does what its class says, to the weight that it holds."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) in (nn.Linear, *CONVOLUTIONS) and not hooked
+    """Whether a call of a linear layer or a convolution does what its class says, to the weight that it holds, and
+    nobody sees it: no hooks, on it or on all modules. torch 2.6 to 2.13.
+    """
+    seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    replaced = "forward" in module.__dict__ or type(module) not in (nn.Linear, *CONVOLUTIONS)
+    return not (replaced or seen or has_any_global_hook())
 
 
 def plain_weights(layer: nn.Module, containers: Sequence[str], name: str) -> list[torch.Tensor] | None:
@@ -256,7 +262,7 @@ def is_transformed() -> bool:
 
 def is_observed() -> bool:
     """Whether something sees, or changes, what is computed without gradients: a compiler, a trace, a transform,
-    autocast, hooks by which tensors are saved, or a running backward pass.
+    autocast, hooks on all modules or on saved tensors, or a running backward pass.
 
     torch 2.6 to 2.13, the last two 2.13, see `pack_hook`; public names answer for less, and take longer.
     """
@@ -268,6 +274,7 @@ def is_observed() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._current_graph_task_id() != -1
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or has_any_global_hook()
     )
 
 

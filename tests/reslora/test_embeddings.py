@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers.adapters import tuner_layers
 from helpers.gradients import assert_gradients_close
 from helpers.oracle import randomize_adapters, relative_error
 from helpers.tolerances import EPS, FLOAT64
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -185,3 +186,17 @@ def test_what_cannot_be_right_is_refused(layer, fields, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, ResLoRAConfig(target_modules=["0"], **fields))
     assert model[0] is layer
+
+
+def test_gradients_are_scaled_by_frequency_where_the_base_scales_them():
+    """As in PEFT's LoRA: those of A, by how often an index is in the batch."""
+    base = nn.Sequential(nn.Embedding(11, 6, scale_grad_by_freq=True)).double()
+    indices, gradients = torch.tensor([[1, 1, 1, 4], [4, 7, 1, 0]]), []
+    for config in (ResLoRAConfig, LoraConfig):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a chain with one layer
+            model = get_peft_model(copy.deepcopy(base), config(r=3, target_modules=["0"]))
+        randomize_adapters(model)
+        model(indices).square().sum().backward()
+        gradients.append(model.base_model.model[0].lora_embedding_A["default"].grad)
+    assert relative_error(gradients[0], gradients[1]) < FLOAT64

@@ -103,6 +103,16 @@ def test_a_chain_ends_where_a_parameter_between_is_not_targeted():
     assert config.chain_cuts == ["model.layers.3"]
 
 
+def test_a_chain_ends_there_too_where_its_module_has_another_parameter_adapted():
+    names = [f"layers.{n}.mlp.experts.down_proj" for n in (0, 1, 3)]
+    config = ResLoRAConfig(target_modules=[], target_parameters=["experts.gate_up_proj", *names])
+    base = mixture("mixtral")
+    before = describe_chains(base, config)
+    after = describe_chains(get_peft_model(base, config))
+    for table in (before, after):
+        assert sorted(len(chain) for chain in table.chains) == [1, 2, 4]
+
+
 @pytest.mark.quick(name=["gpt_oss"])
 @EVERY_MIXTURE
 def test_merges_are_exact_and_undone_bit_for_bit(name):
@@ -426,8 +436,10 @@ def test_what_needs_one_product_is_refused():
         factor_pairs(model)
     with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
         model.add_weighted_adapter(["default"], [0.5], "half", combination_type="linear")
+    before = logits(model.eval())
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
-        model.eval()(input_ids=tokens(), adapter_names=["default"] * 3)
+        model(input_ids=tokens(), adapter_names=["default"] * 3)
+    assert torch.equal(logits(model), before)
 
 
 def test_merge_reports_are_exact():

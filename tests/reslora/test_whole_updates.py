@@ -52,11 +52,19 @@ def computed(base: nn.Module) -> None:
     parametrize.register_parametrization(base, "weight", nn.Tanh())
 
 
+def followed_backwards(base: nn.Module) -> None:
+    base.register_full_backward_hook(lambda module, grad_input, grad_output: tuple(2 * g for g in grad_input))
+
+
+def led_backwards(base: nn.Module) -> None:
+    base.register_full_backward_pre_hook(lambda module, grad_output: tuple(2 * g for g in grad_output))
+
+
 def trained(base: nn.Module) -> None:
     base.weight.requires_grad_()
 
 
-@pytest.mark.parametrize("change", [hooked, called_otherwise, computed, trained])
+@pytest.mark.parametrize("change", [hooked, called_otherwise, computed, followed_backwards, led_backwards, trained])
 def test_a_base_layer_that_does_more_than_multiply_is_called(change, monkeypatch):
     """The update goes into the weight of plain layers only; a weight that is trained besides has its gradient."""
     from peft_reslora.reslora import factor_sharing
@@ -72,6 +80,22 @@ def test_a_base_layer_that_does_more_than_multiply_is_called(change, monkeypatch
     assert_same(results[0], results[1])
     first = "base_model.model.layers.0.up.lora_A.default.weight"
     assert torch.equal(results[0][first], unchanged[first]) == (change is trained)
+
+
+def test_hooks_on_all_modules_see_the_base_layers(monkeypatch):
+    from peft_reslora.reslora import factor_sharing
+
+    torch.manual_seed(0)
+    model = adapted_encoder(Encoder(4), "block", -1)
+    monkeypatch.setattr(factor_sharing, "whole_update_is_cheaper", lambda *sizes: True)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model(data())
+    finally:
+        handle.remove()
+    layers = model.base_model.model.layers
+    assert {id(block.up.base_layer) for block in layers} <= set(map(id, seen))
 
 
 def test_two_adapters_are_each_added_to_what_the_base_layer_makes(monkeypatch):

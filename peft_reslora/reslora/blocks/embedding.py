@@ -56,8 +56,10 @@ class EmbeddingBlock(LinearBlock):
         """There are no modules to say it."""
 
     def through_a(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """The columns of the indices; what pads is no more trained than in the base."""
-        return F.embedding(x, matrix.t(), self.layer.get_base_layer().padding_idx)
+        """The columns of the indices; what pads is no more trained than in the base, and gradients are scaled as
+        there."""
+        base = self.layer.get_base_layer()
+        return F.embedding(x, matrix.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
 
     def expand_terms(self, x: torch.Tensor, terms: Sequence[Term], result: torch.Tensor) -> torch.Tensor:
         """`result` plus the sum of the s_k B_k A_k[:, x]."""
