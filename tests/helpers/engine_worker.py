@@ -31,7 +31,7 @@ CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 CASES = list(itertools.product(TUNERS, CHECKPOINTING))
 # Other kinds of blocks, each under all engines; AdaLoRA allocates ranks from whole factors and their gradients.
 KINDS = [("block-dora", 1), ("input-adalora", 1), ("block-adalora", 1), ("middle-adalora", 1), ("middle-nested", 1)]
-KINDS += [("block-experts", 1), ("block-experts", -1), ("block-attention", 1), ("block-attention", -1)]
+KINDS += [("block-experts", -1), ("block-attention", -1)]
 KIND_CASES = list(itertools.product(KINDS, CHECKPOINTING))
 CASE_OF_EACH = {
     "ddp": (("middle", -1), "non-reentrant"),
