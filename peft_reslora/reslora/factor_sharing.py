@@ -107,8 +107,8 @@ def summed_update(chain: Chain, position: int, device: torch.device) -> torch.Te
     """U `(out_features, in_features)`, the sum of the s_k B_k A_k of this layer and of all earlier ones."""
 
     def start() -> torch.Tensor:
-        all_terms = terms(chain, position, Way.SUMMED, device)
-        return torch.cat([B * s for _, B, s in all_terms], dim=1) @ torch.cat([A for A, _, _ in all_terms])
+        A, B = chain.block(position).side_by_side(terms(chain, position, Way.SUMMED, device))
+        return B @ A
 
     def extend(before: torch.Tensor) -> torch.Tensor:
         A, B = (factor.to(device) for factor in read(chain, position))
@@ -126,14 +126,10 @@ def whole_update(chain: Chain, position: int, device: torch.device, *, in_own_pa
     """
     block = chain.block(position)
     way = way_to_factors(chain, position, block.weights[0])
-    if way is Way.CALLED:
-        (_, columns), (rows, _) = block.shapes
-        identity = torch.eye(columns, dtype=block.weights[0].dtype, device=device)
-        return add_by_calls(chain, position, identity, identity.new_zeros(columns, rows)).t()
-    way = Way.HANDED if way is Way.HANDED and in_own_pass else Way.READ
+    if way is Way.HANDED and not in_own_pass:
+        way = Way.READ
     found = terms(chain, position, way, device)
-    A, B = torch.cat([widen(A) for A, _, _ in found]), torch.cat([widen(B) * s for _, B, s in found], dim=1)
-    return block.delta(A, B)
+    return block.delta(*block.side_by_side([(widen(A), widen(B), s) for A, B, s in found]))
 
 
 def _sums_updates(chain: Chain, position: int, x: torch.Tensor, folded: bool) -> bool:

@@ -39,8 +39,6 @@ from peft_reslora.shared.names import PREFIX, bare_name
 from peft_reslora.shared.patterns import by_pattern
 from peft_reslora.shared.targets import Targets, find_targets, is_plain_linear, is_routed
 
-# PEFT adapts these too, but with layers that know no variants; they are refused before the model is changed.
-_REFUSED_BASE_LAYERS = (nn.Embedding, Convolution)
 _OTHER_BLOCKS = {
     "use_dora": "DoRA (use_dora)",
     "total_step": "AdaLoRA (total_step)",
@@ -275,7 +273,8 @@ def find_target_layers(
             return _why_not_attention(layer, config)
         with warnings.catch_warnings():  # of a type that PEFT does not know
             warnings.simplefilter("ignore")
-            known = not isinstance(base, _REFUSED_BASE_LAYERS) and in_out_features(base) != (None, None)
+            # Transposed convolutions have features too, which no layer of PEFT's adapts.
+            known = not isinstance(base, Convolution) and in_out_features(base) != (None, None)
         return None if known else "which is no linear layer"
 
     return find_targets(model, config, LoraModel.target_module_mapping, why_not, state_dict)

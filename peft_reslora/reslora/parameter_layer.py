@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from peft_reslora.reslora.blocks.experts import ExpertsBlock
+from peft_reslora.reslora.config import ResLoRAConfig
 from peft_reslora.reslora.factor_sharing import terms, way_to_factors
 from peft_reslora.reslora.layer import ResLoRALayer, become
 from peft_reslora.shared.host import is_tensor_parallel, is_transposed_parameter, own_parameter
@@ -34,6 +35,19 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
 
     def weight_name(self, name: str) -> str:
         return parameter_path(name, self.parameter_name)
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        """As in PEFT.
+
+        Raises:
+            ValueError: for an adapter of another method, which would have no place in a chain.
+        """
+        if not isinstance(config, ResLoRAConfig):
+            raise ValueError(
+                f"Layer {self.layer_name!r}, a parameter, has an adapter of ResLoRA, and one of "
+                f"{type(config).__name__} cannot be added there. Use ResLoRAConfig, or two copies of the model."
+            )
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def computation(self, adapter_name: str) -> str:
         """Also which parameter: of several, a file tells only how their layers stand inside each other."""

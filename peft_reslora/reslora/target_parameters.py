@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
@@ -73,6 +74,13 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from module.named_parameters(recurse=False)
 
 
+def _layers_around(name: str, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """The layers of adapters inside each other in which a module stands, innermost first."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+        yield modules[name]
+
+
 def _is_named(path: str, names: Any) -> bool:
     return any(f".{path}".endswith(f".{name}") for name in names)
 
@@ -96,6 +104,8 @@ def _fault(
     module = modules[name]
     if is_of_adapter:
         return "which belongs to another adapter"
+    if any(type(layer) is ParamWrapper for layer in _layers_around(name, modules)):
+        return "to which PEFT's LoRA adds an adapter already, in layers that know no shortcuts (delete it first)"
     if not name:
         return "which the whole model itself holds, in whose place PEFT can put no layer"
     if parametrize.is_parametrized(module, parameter_name):

@@ -474,3 +474,21 @@ def test_a_chain_of_one_is_plain_lora():
         model = randomized(get_peft_model(copy.deepcopy(base), ResLoRAConfig(**fields)))
     plain = randomized(get_peft_model(copy.deepcopy(base), LoraConfig(**fields)))
     assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("first", [LoraConfig, ResLoRAConfig])
+def test_adapters_of_peft_and_ours_do_not_share_a_parameter(first):
+    """As transformers' `add_adapter` would let them: PEFT's layers know no shortcuts, and ours no other method."""
+    second = ResLoRAConfig if first is LoraConfig else LoraConfig
+    fields = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    model = mixture("mixtral", torch.float32)
+    model.add_adapter(first(**fields), "first")
+    randomized(model, "first")
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match=r"experts\.down_proj'.*(PEFT's LoRA adds an adapter already|an adapter of ResLoRA)"
+    ):
+        model.add_adapter(second(**fields), "second")
+    model.set_adapter("first")
+    assert torch.equal(logits(model), before)
+    assert not any("second" in name for name, _ in model.named_parameters())
