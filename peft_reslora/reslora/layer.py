@@ -48,9 +48,9 @@ from peft_reslora.shared.quantized import dequantized_weight, keep_bias, kept_co
 from peft_reslora.shared.stamps import StampedLayer
 from peft_reslora.shared.tensors import NOT_HERE, is_readable, restore, stored
 
-# PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2), and attention, whose forward is our own. Those
-# over parameters are in `parameter_layer.py`. All others (AWQ, AQLM, EETQ, Megatron, TransformerEngine) would train
-# plain LoRA and are refused.
+# PEFT's layers that ask `lora_variant` in their forward (read in 0.21.2), and attention, whose forward is our own.
+# Those over parameters are in `parameter_layer.py`. All others (AWQ, AQLM, EETQ, Megatron, TransformerEngine) would
+# train plain LoRA and are refused.
 _VARIANT_AWARE = {
     "Linear": "peft.tuners.lora.layer",
     "Conv1d": "peft.tuners.lora.layer",

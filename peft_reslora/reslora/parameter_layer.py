@@ -36,7 +36,7 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
     def weight_name(self, name: str) -> str:
         return parameter_path(name, self.parameter_name)
 
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """As in PEFT.
 
         Raises:
@@ -47,7 +47,7 @@ class ParamWrapper(ResLoRALayer, lora.layer.ParamWrapper):
                 f"Layer {self.layer_name!r}, a parameter, has an adapter of ResLoRA, and one of "
                 f"{type(config).__name__} cannot be added there. Use ResLoRAConfig, or two copies of the model."
             )
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def computation(self, adapter_name: str) -> str:
         """Also which parameter: of several, a file tells only how their layers stand inside each other."""
